@@ -1,0 +1,255 @@
+"""`RunConfig`: every setting of a training run, with its unit, default and source.
+
+Unknown keys are refused. Options of a credit method live with the method (`agentrl.credit`) and are given as a mapping
+under ``credit.options``, so that a third party's method needs no change here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, values checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class EnvConfig(Section):
+    """Which environment, and how it is run."""
+
+    id: str = "Sokoban-v0"
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment while training."""
+    eval_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of `kwargs` for held-out evaluation (for instance ``split: test``)."""
+    max_turns: int | None = Field(default=None, ge=1)
+    """Turn limit; None keeps the registered one."""
+
+
+class ModelConfig(Section):
+    """The causal language model that is trained."""
+
+    path: str = ""
+    """Directory that `AutoModelForCausalLM` loads (or a hub name where a hub can be reached)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward passes. Master weights stay float32."""
+    device: str = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    """Torch threads on a CPU; None takes the cores this process may use."""
+
+
+class RolloutConfig(Section):
+    """How episodes are played."""
+
+    groups: int = Field(default=16, ge=1)
+    """Task instances per iteration (G)."""
+    group_size: int = Field(default=8, ge=1)
+    """Trajectories of each task instance."""
+    tasks: int = Field(default=0, ge=0)
+    """Size of the pool of training tasks that iterations draw from; 0 = a fresh task every time."""
+    history: str = "full"
+    """What the model sees of the past: ``full``, or ``window(k)``: the last k turns before the current observation."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=16, ge=1)
+    """Token limit of one turn."""
+    max_context_tokens: int = Field(default=2048, ge=8)
+    """Token limit of one context; an episode that would pass it stops with ``token_limit``."""
+    concurrency: int = Field(default=256, ge=1)
+    """Episodes alive at once."""
+    executor: Literal["auto", "inline", "thread", "process"] = "auto"
+    """Where environment steps run; ``auto``: inline where the environment declares itself fast, else threads."""
+    workers: int = Field(default=16, ge=1)
+    """Threads or processes for environment steps."""
+    step_deadline_s: float = Field(default=60.0, gt=0)
+    policy_deadline_s: float = Field(default=600.0, gt=0)
+    episode_deadline_s: float = Field(default=3600.0, gt=0)
+    retries: int = Field(default=2, ge=0)
+    """How often an episode that an infrastructure failure ended is played again."""
+
+    @field_validator("history")
+    @classmethod
+    def _history(cls, value: str) -> str:
+        parse_history(value)
+        return value
+
+
+def parse_history(value: str) -> int | None:
+    """Returns None for ``full``, k for ``window(k)``; raises ValueError otherwise."""
+    if value == "full":
+        return None
+    match = re.fullmatch(r"window\((\d+)\)", value.strip())
+    if not match:
+        raise ValueError(f"history is 'full' or 'window(k)' with k >= 0, not {value!r}")
+    return int(match.group(1))
+
+
+class OutcomeConfig(Section):
+    """One scalar per episode, and what counts as success."""
+
+    rule: Literal["success", "return"] = "success"
+    """``success``: 1 if the environment says solved, else 0. ``return``: the sum of the environment's rewards."""
+    success_above: float | None = None
+    """With ``return``: outcomes strictly above this are successes; None takes the environment's own ``success``."""
+
+
+class BufferConfig(Section):
+    """What the trajectory buffer keeps."""
+
+    keep_iterations: int = Field(default=1, ge=1)
+    write_trajectories: bool = True
+    """Write every iteration's trajectories to ``trajectories/``, so that a run can be re-scored or re-trained offline."""
+
+
+class PairConfig(Section):
+    """Preference pairs inside a group (algorithms.md 1.3)."""
+
+    mode: Literal["all", "best_worst", "one_to_one", "margin"] = "all"
+    margin: float = Field(default=0.0, ge=0)
+    """``margin``: smallest gap of outcomes that makes a pair."""
+    graded: bool = False
+    """False: successes against failures. True: any two different outcomes."""
+    match_length: int | None = Field(default=None, ge=0)
+    """Only pairs whose numbers of turns differ by at most this (remedy 1 of 1.12); None = any."""
+    per_group_mean: bool = False
+    """True: each group weighs the same however many pairs it has."""
+
+
+class PRMConfig(Section):
+    """The implicit process reward model and its online training (algorithms.md 1.1-1.9, 1.12)."""
+
+    init: str | None = None
+    """Model directory to start from; None starts from the policy's weights."""
+    beta: float = Field(default=0.05, gt=0)
+    """Scale of the implicit reward, in reward per nat."""
+    lr: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=10.0, gt=0)
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """``dpo``: -log sigmoid of the score gap (paper Eq. 2). ``ipo``: squared distance of the gap to the outcome gap."""
+    score: Literal["sum", "mean"] = "sum"
+    """Trajectory score: sum of turn rewards (paper), or their mean (free of length)."""
+    centred: bool = False
+    """Subtract each token reward's expectation under the behaviour policy (remedy 1 of 1.12)."""
+    reference: Literal["behaviour", "frozen", "rebase"] = "behaviour"
+    """``behaviour``: the policy that played the batch (paper). ``frozen``: the initial policy. ``rebase``: frozen, but
+    moved (with the PRM) to the current policy every `rebase_every` iterations."""
+    rebase_every: int = Field(default=10, ge=1)
+    order: Literal["update_then_score", "score_then_update"] = "update_then_score"
+    updates: int = Field(default=1, ge=1)
+    """PRM optimiser steps per iteration."""
+    replay_iterations: int = Field(default=1, ge=1)
+    """Pairs of the last k iterations enter each update, each with the log-probs of its own behaviour policy."""
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of groups kept out of the update; further updates stop once their loss rises."""
+
+    @model_validator(mode="after")
+    def _holdout_needs_updates(self) -> PRMConfig:
+        if self.holdout > 0 and self.updates == 1:
+            raise ValueError("prm.holdout stops further updates early: set prm.updates > 1, or prm.holdout=0")
+        return self
+
+
+class CreditConfig(Section):
+    """The credit method, by name, and its own options (``agentrl.credit``)."""
+
+    method: str = "oprl"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class PolicyUpdateConfig(Section):
+    """The clipped policy update (algorithms.md 7)."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_iterations: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    epochs: int = Field(default=1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps per epoch; whole trajectories are dealt out to them."""
+    ratio: Literal["token", "turn", "turn_mean"] = "token"
+    """Importance ratio per token (verl), product over the turn (OPRL Eq. 6), or its geometric mean (GSPO-like)."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    dual_clip: float | None = Field(default=3.0, gt=1)
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "turn-mean"
+    ] = "token-mean"
+    aggregation_length: int = Field(default=1024, ge=1)
+    """Constant of ``seq-mean-token-sum-norm``, in tokens."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the initial policy in the loss; 0 needs no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = Field(default=0.0, ge=0)
+    tokens_per_microbatch: int = Field(default=16384, ge=16)
+    """Token budget of one forward-backward pass: memory, never the result."""
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    every: int = Field(default=10, ge=0)
+    """Iterations between evaluations; 0 = only when asked."""
+    episodes: int = Field(default=256, ge=1)
+    seed: int = 1_000_000
+    temperature: float | None = Field(default=None, ge=0)
+    """None: the rollout's temperature; 0 = greedy."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=10, ge=1)
+    """Iterations between checkpoints. The last iteration always writes one."""
+    keep: int = Field(default=2, ge=1)
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class RunConfig(Section):
+    """A training run."""
+
+    name: str = "run"
+    run_dir: str = "runs/run"
+    seed: int = 0
+    iterations: int = Field(default=100, ge=1)
+    env: EnvConfig = Field(default_factory=EnvConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    outcome: OutcomeConfig = Field(default_factory=OutcomeConfig)
+    buffer: BufferConfig = Field(default_factory=BufferConfig)
+    pairs: PairConfig = Field(default_factory=PairConfig)
+    prm: PRMConfig = Field(default_factory=PRMConfig)
+    credit: CreditConfig = Field(default_factory=CreditConfig)
+    policy_update: PolicyUpdateConfig = Field(default_factory=PolicyUpdateConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> RunConfig:
+        if self.rollout.top_p < 1 or self.rollout.top_k > 0:
+            raise ValueError(
+                f"rollout.top_p={self.rollout.top_p} / rollout.top_k={self.rollout.top_k} while training: the log-probs "
+                "sampled from are renormalised over the kept tokens, the trainer's are not, and every importance ratio "
+                "would be wrong; train with top_p=1, top_k=0 (evaluation may truncate)"
+            )
+        if self.rollout.group_size == 1 and self.credit.method in ("grpo", "rloo", "oprl"):
+            raise ValueError(
+                f"rollout.group_size=1 with credit.method={self.credit.method}: a group of one has no baseline, every "
+                "advantage would be 0; set rollout.group_size to 2 or more"
+            )
+        if self.prm.replay_iterations > self.buffer.keep_iterations:
+            raise ValueError(
+                f"prm.replay_iterations={self.prm.replay_iterations} but the buffer keeps only "
+                f"buffer.keep_iterations={self.buffer.keep_iterations}; raise the latter"
+            )
+        return self

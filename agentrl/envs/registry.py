@@ -1,0 +1,79 @@
+"""Names of environments: Gymnasium's registry, filled from the entry-point group ``agentrl.environments``.
+
+An entry point names a module whose import registers its environments (with `register`, or `gymnasium.register`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import gymnasium as gym
+
+from agentrl.errors import UnknownNameError, UserError
+
+_OURS: dict[str, str] = {}
+
+
+def register(env_id: str, entry_point: Any, *, max_turns: int | None = None, summary: str = "", **kwargs: Any) -> None:
+    """Registers an environment under `env_id` in Gymnasium's registry.
+
+    Args:
+        env_id: e.g. ``"Sokoban-v0"``.
+        entry_point: the class, or ``"module:Class"`` (imported on first use).
+        max_turns: turn limit; episodes that reach it are truncated by Gymnasium's `TimeLimit`.
+        summary: one line for ``agentrl envs``.
+        **kwargs: default keyword arguments of the environment.
+    """
+    _OURS[env_id] = summary
+    if env_id not in gym.registry:
+        gym.register(
+            env_id, entry_point, max_episode_steps=max_turns, kwargs=kwargs, disable_env_checker=True, order_enforce=False
+        )
+
+
+@cache
+def load_plugins() -> dict[str, str]:
+    """Imports every installed environment plugin once. Returns the broken ones: name -> why."""
+    broken = {}
+    for point in entry_points(group="agentrl.environments"):
+        try:
+            point.load()
+        except Exception as error:
+            broken[point.name] = f"{type(error).__name__}: {error}"
+            warnings.warn(f"environment plugin {point.name!r} could not be loaded: {broken[point.name]}", stacklevel=2)
+    return broken
+
+
+def environment_ids() -> dict[str, str]:
+    """Text environments known by name: id -> one-line summary."""
+    load_plugins()
+    return dict(sorted(_OURS.items()))
+
+
+def make(env_id: str, *, max_turns: int | None = None, **kwargs: Any) -> gym.Env[Any, Any]:
+    """Makes an environment: one of ours, or any Gymnasium id with text observations and actions.
+
+    Args:
+        env_id: registered id, or ``"module:Id-v0"`` to import `module` first.
+        max_turns: overrides the registered turn limit.
+        **kwargs: keyword arguments of the environment.
+
+    Raises:
+        UnknownNameError: no such id; the message offers the nearest.
+        UserError: the environment refused its arguments.
+    """
+    load_plugins()
+    module, _, name = env_id.rpartition(":")
+    if not module and name not in gym.registry:
+        raise UnknownNameError("environment", env_id, [*_OURS], "agentrl envs lists all")
+    try:
+        return gym.make(env_id, max_episode_steps=max_turns, **kwargs)
+    except TypeError as error:
+        raise UserError(f"environment {env_id!r} cannot be made with {kwargs}: {error}") from error
+    except gym.error.Error as error:
+        raise UserError(f"environment {env_id!r} cannot be made: {error}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"environment {env_id!r}: {error}; is the package that has it installed?") from error

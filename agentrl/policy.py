@@ -1,0 +1,150 @@
+"""The policy contract: requests in, actions out.
+
+A policy answers a *batch* of requests, one per episode that waits for it. Scripted policies return text alone. Model
+policies also return the sampled ids, the log-prob of each under the distribution truly sampled from, and the version of
+their weights; and they take new weights. Policies are plugins: they are found through the entry-point group
+``agentrl.policies`` (`load_policy`), and the framework imports none of them by name.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentrl.errors import UnknownNameError
+from agentrl.types import Content, Message
+
+if TYPE_CHECKING:
+    import torch
+
+    from agentrl.models.chat import ChatCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How actions are drawn. `temperature=0` is greedy. `top_k=0` and `top_p=1` switch truncation off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 16
+    """Token limit of one turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRequest:
+    """One episode's wish for an action."""
+
+    episode: str
+    """Key of the episode: engines keep its KV cache under this name until `Policy.release`."""
+    turn: int
+    observation: Content
+    messages: Sequence[Message]
+    """The conversation so far, last observation included (scripted and text-in engines)."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """The environment's last info. Scripted policies may look at it; model policies must not."""
+    context_ids: list[int] | None = None
+    """Model policies: every id of the current row, to be continued. Token in, token out."""
+    seed: int = 0
+    """Seed of this action's randomness. Same seed, weights and context give the same action."""
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAction:
+    """One answer. `ids`, `logprobs` and `version` are None for policies without tokens."""
+
+    text: str
+    ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    version: int | None = None
+    finish: Literal["stop", "length"] = "stop"
+    """`length`: the turn's token limit cut the action off."""
+
+
+class Policy(abc.ABC):
+    """Answers requests. Subclasses: scripted agents, model engines, clients of remote servers."""
+
+    name: str = "policy"
+    batched: bool = True
+    """True: one `act` call at a time with all waiting requests. False: each request is its own concurrent call."""
+
+    @abc.abstractmethod
+    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        """Returns one action per request, in order.
+
+        Raises:
+            PolicyFailure: the engine could not answer (the episodes stop with `StopReason.POLICY_ERROR`).
+        """
+
+    def release(self, episode: str) -> None:
+        """Frees what is kept for `episode` (KV cache). Called once when the episode ends, in whatever way."""
+
+    async def aclose(self) -> None:
+        """Ends the policy: servers stopped, memory freed."""
+
+
+class ModelPolicy(Policy):
+    """A policy with weights and a tokenizer."""
+
+    chat: ChatCodec
+    """How a conversation becomes token ids."""
+    version: int = 0
+    """Version of the weights now in the engine."""
+
+    @abc.abstractmethod
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replaces the weights; every action after this call carries `version`."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash of the weights in the engine, to compare with the trainer's after each sync."""
+
+
+class FunctionPolicy(Policy):
+    """A plain function ``request -> text`` as a policy."""
+
+    def __init__(self, function: Callable[[PolicyRequest], str], name: str | None = None) -> None:
+        self.function = function
+        self.name = name or getattr(function, "__name__", "function")
+
+    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        return [PolicyAction(text=self.function(request)) for request in requests]
+
+
+PolicyFactory = Callable[..., Policy]
+_REGISTERED: dict[str, PolicyFactory] = {}
+
+
+def register_policy(name: str, factory: PolicyFactory) -> None:
+    """Registers `factory` (keyword options -> Policy) under `name`, beside those found through entry points."""
+    _REGISTERED[name] = factory
+
+
+@cache
+def _entry_points() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group="agentrl.policies")}
+
+
+def policy_names() -> list[str]:
+    """Names that `load_policy` knows, sorted."""
+    return sorted({*_REGISTERED, *_entry_points()})
+
+
+def load_policy(name: str, **options: Any) -> Policy:
+    """Makes the policy registered as `name` with `options`.
+
+    Raises:
+        UnknownNameError: no policy has this name; the message offers the nearest.
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name](**options)
+    points = _entry_points()
+    if name not in points:
+        raise UnknownNameError("policy", name, policy_names(), "agentrl policies lists all")
+    factory: PolicyFactory = points[name].load()
+    return factory(**options)

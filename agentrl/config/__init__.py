@@ -1,6 +1,6 @@
 """One `RunConfig` for a run: YAML file, dotted overrides, unknown keys refused."""
 
-from agentrl.config.load import dump_config, load_config
+from agentrl.config.load import config_sha256, dump_config, load_config
 from agentrl.config.schema import (
     BufferConfig,
     CheckpointConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "PolicyUpdateConfig",
     "RolloutConfig",
     "RunConfig",
+    "config_sha256",
     "dump_config",
     "load_config",
 ]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, values checked on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class EnvConfig(Section):
@@ -28,11 +28,15 @@ class EnvConfig(Section):
     """Overrides of `kwargs` for held-out evaluation (for instance ``split: test``)."""
     max_turns: int | None = Field(default=None, ge=1)
     """Turn limit; None keeps the registered one."""
+    instructions: str | None = None
+    """System prompt instead of the environment's own; a model that was warm-started on the task may need none ("")."""
 
 
 class ModelConfig(Section):
     """The causal language model that is trained."""
 
+    engine: str = "transformers"
+    """Policy plugin that samples from it (``agentrl policies`` lists all)."""
     path: str = ""
     """Directory that `AutoModelForCausalLM` loads (or a hub name where a hub can be reached)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -143,6 +147,8 @@ class PRMConfig(Section):
     order: Literal["update_then_score", "score_then_update"] = "update_then_score"
     updates: int = Field(default=1, ge=1)
     """PRM optimiser steps per iteration."""
+    groups_per_update: int | None = Field(default=None, ge=1)
+    """Groups drawn for each PRM step; None takes all (new and replayed)."""
     replay_iterations: int = Field(default=1, ge=1)
     """Pairs of the last k iterations enter each update, each with the log-probs of its own behaviour policy."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
@@ -152,6 +158,11 @@ class PRMConfig(Section):
     def _holdout_needs_updates(self) -> PRMConfig:
         if self.holdout > 0 and self.updates == 1:
             raise ValueError("prm.holdout stops further updates early: set prm.updates > 1, or prm.holdout=0")
+        if self.centred and self.reference == "behaviour" and self.replay_iterations > 1:
+            raise ValueError(
+                "prm.centred with prm.reference=behaviour needs the whole distribution of the policy that played each "
+                "trajectory, which is gone for replayed ones; set prm.replay_iterations=1 or prm.reference=frozen"
+            )
         return self
 
 

@@ -63,7 +63,7 @@ class AnyText(Space[str]):
 class TextEnv(gym.Env[Content, str], abc.ABC):
     """Base of text environments. Randomness from `self.np_random` only, so that a seed means one transcript."""
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"]}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
     instructions: str = ""
     """System prompt: the rules and the action format, as the agent reads them."""
     fast: ClassVar[bool] = False

@@ -1,0 +1,121 @@
+"""Policies without weights: uniformly random, or any plain function.
+
+``load_policy("random")`` plays every environment that lists its admissible actions. ``load_policy("scripted",
+function="my.module:play")`` plays with a function of your own, from an observation or from the whole `PolicyRequest`,
+plain or async.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agentrl.errors import PolicyFailure, UserError
+from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest
+
+
+def _random_action(request: PolicyRequest) -> str:
+    actions = request.info.get("admissible_actions")
+    if not actions:
+        raise UserError(
+            "the random policy draws from info['admissible_actions'], and this environment "
+            + ("does not list any" if actions is None else "listed no action")
+            + f" at turn {request.turn}; use a policy of the environment's own, or policy 'scripted' with a function"
+        )
+    return str(actions[random.Random(request.seed).randrange(len(actions))])
+
+
+def random_policy() -> Policy:
+    """Returns the policy that draws uniformly among the environment's admissible actions, from the request's seed.
+
+    Its `act` raises `UserError` where the environment lists none.
+    """
+    return FunctionPolicy(_random_action, name="random")
+
+
+class ScriptedPolicy(Policy):
+    """A function as a policy; each request is a call of its own, so that async functions wait side by side.
+
+    Args:
+        function: from the observation (or, if its first parameter is named ``request`` or annotated `PolicyRequest`,
+            from the request) to the action's text; plain or async.
+        name: shown in reports and trajectories.
+    """
+
+    batched = False
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        self.function = function
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.takes_request = _takes_request(function)
+
+    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        """Returns one action per request.
+
+        Raises:
+            PolicyFailure: the function raised, or returned something else than text.
+        """
+        return list(await asyncio.gather(*map(self._one, requests)))
+
+    async def _one(self, request: PolicyRequest) -> PolicyAction:
+        try:
+            answer = self.function(request if self.takes_request else request.observation)
+            if inspect.isawaitable(answer):
+                answer = await answer
+        except Exception as error:
+            raise PolicyFailure(f"scripted policy {self.name!r} raised {type(error).__name__}: {error}") from error
+        if not isinstance(answer, str):
+            raise PolicyFailure(
+                f"scripted policy {self.name!r} returned {type(answer).__name__}, not the action's text"
+            )
+        return PolicyAction(text=answer)
+
+
+def _takes_request(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if not parameters:
+        raise UserError(
+            f"scripted policy: {function!r} takes no argument; it needs one, the observation or the request"
+        )
+    first = parameters[0]
+    return first.name == "request" or first.annotation in (PolicyRequest, "PolicyRequest")
+
+
+def scripted_policy(function: str | Callable[..., Any], name: str | None = None) -> Policy:
+    """Returns the policy that `function` is.
+
+    Args:
+        function: ``"module:callable"``, or the callable itself (see `ScriptedPolicy`).
+        name: shown in reports and trajectories; by default the function's own.
+
+    Raises:
+        UserError: no such module or callable, or it is none.
+    """
+    if not isinstance(function, str):
+        if not callable(function):
+            raise UserError(f"scripted policy: {function!r} cannot be called")
+        return ScriptedPolicy(function, name)
+    module_name, _, attribute = function.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"scripted policy: function={function!r} is not of the form 'module:callable'")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"scripted policy: function={function!r}: {error}; is its folder on PYTHONPATH?") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = ", ".join(sorted(key for key, value in vars(found).items() if callable(value) and key[:1] != "_"))
+            raise UserError(
+                f"scripted policy: {module_name!r} has no {attribute!r}; it has: {known or 'nothing to call'}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"scripted policy: {function!r} is {type(found).__name__}, not something to call")
+    return ScriptedPolicy(found, name)

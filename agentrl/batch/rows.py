@@ -1,0 +1,199 @@
+"""From trajectories to the rows a model reads, with one link back: action token k sits at (row, column).
+
+A row is a maximal stretch of turns whose context only grew (`Turn.new_row` starts the next one): with full history one
+row per trajectory (*packed*), with a window one row per turn once the window slides (*per-turn*). Everything but the
+sampled ids is context: it is read, never scored.
+
+Rows are never padded. A micro-batch is some rows, shortest first, laid end to end; equal rows are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from agentrl.batch.index import Index
+from agentrl.errors import DataError
+from agentrl.models.attention import PackedSequences
+from agentrl.types import Trajectory, Turn
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows laid end to end. T = number of tokens, k = number of *distinct* action positions in them."""
+
+    ids: Tensor
+    """(T,) int64 token ids."""
+    positions: Tensor
+    """(T,) int64 position inside the row."""
+    plan: PackedSequences
+    predict_at: Tensor
+    """(k,) int64: flat position whose logits predict the action token."""
+    target: Tensor
+    """(k,) int64: the action token's id."""
+    tokens: Tensor
+    """(j,) int64: which of the batch's action tokens this micro-batch scores; j >= k when rows repeat."""
+    slot: Tensor
+    """(j,) int64: for each of `tokens`, its entry among the k."""
+
+
+@dataclass
+class Batch:
+    """Trajectories as index vectors and rows."""
+
+    index: Index
+    trajectories: list[Trajectory]
+    token_ids: Tensor
+    """(K,) int64 sampled ids."""
+    behaviour: Tensor
+    """(K,) float32 log-probs recorded while sampling, nats."""
+    rows: list[list[int]]
+    """B rows of ids; repeated rows are listed once."""
+    tokens_of_row: list[list[tuple[int, list[int]]]]
+    """Per row: (column, action tokens sitting there), ascending; several tokens where equal rows were merged."""
+    device: str = "cpu"
+    _traj_rows: list[list[int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens a model reads to score the batch."""
+        return sum(map(len, self.rows))
+
+    def microbatches(self, budget: int, trajectories: Sequence[int] | None = None) -> list[MicroBatch]:
+        """Splits the rows of `trajectories` (positions; None = all) into micro-batches of at most `budget` tokens.
+
+        A single row above the budget gets a micro-batch of its own: rows are never cut.
+        """
+        keep: set[int] | None = None
+        if trajectories is None:
+            chosen = range(len(self.rows))
+        else:
+            chosen = sorted({row for traj in trajectories for row in self._traj_rows[traj]})
+            keep = set(trajectories)
+        order = sorted(chosen, key=lambda row: len(self.rows[row]))
+        parts: list[list[int]] = []
+        size = 0
+        for row in order:
+            length = len(self.rows[row])
+            if not parts or size + length > budget:
+                parts.append([])
+                size = 0
+            parts[-1].append(row)
+            size += length
+        return [self._microbatch(part, keep) for part in parts]
+
+    def _microbatch(self, rows: list[int], keep: set[int] | None) -> MicroBatch:
+        traj_of_token = self.index.traj_of_token
+        lengths = tuple(len(self.rows[row]) for row in rows)
+        predict_at, target, tokens, slot = [], [], [], []
+        offset = 0
+        for row in rows:
+            ids = self.rows[row]
+            for column, owners in self.tokens_of_row[row]:
+                if keep is not None:
+                    owners = [k for k in owners if int(traj_of_token[k]) in keep]
+                    if not owners:
+                        continue
+                slot.extend([len(target)] * len(owners))
+                tokens.extend(owners)
+                predict_at.append(offset + column - 1)
+                target.append(ids[column])
+            offset += len(ids)
+        to = {"device": self.device}
+        return MicroBatch(
+            ids=torch.tensor([i for row in rows for i in self.rows[row]], **to),
+            positions=torch.cat([torch.arange(length, **to) for length in lengths]),
+            plan=PackedSequences(lengths),
+            predict_at=torch.tensor(predict_at, dtype=torch.int64, **to),
+            target=torch.tensor(target, dtype=torch.int64, **to),
+            tokens=torch.tensor(tokens, dtype=torch.int64),
+            slot=torch.tensor(slot, dtype=torch.int64),
+        )
+
+
+def rows_of(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Splits an episode's turns into the stretches that share one model row."""
+    rows: list[list[Turn]] = []
+    for turn in turns:
+        if turn.new_row or not rows:
+            rows.append([])
+        rows[-1].append(turn)
+    return rows
+
+
+def build_batch(trajectories: Sequence[Trajectory], *, device: str = "cpu", merge_equal_rows: bool = True) -> Batch:
+    """Builds the batch of `trajectories`; turns without action tokens stay in the index and score nothing.
+
+    Args:
+        trajectories: scorable trajectories of a model policy (N).
+        device: where micro-batches are made.
+        merge_equal_rows: compute rows with the same ids once (exact: their tokens share one log-prob).
+
+    Raises:
+        DataError: a trajectory whose ids and log-probs disagree, or whose first context is empty.
+    """
+    groups: dict[str, int] = {}
+    group_of_traj = [groups.setdefault(t.group_id, len(groups)) for t in trajectories]
+    turn_of_token: list[int] = []
+    traj_of_turn: list[int] = []
+    token_ids: list[int] = []
+    behaviour: list[float] = []
+    rows: list[list[int]] = []
+    tokens_of_row: list[list[tuple[int, list[int]]]] = []
+    row_at: dict[tuple[int, ...], int] = {}
+    traj_rows: list[list[int]] = []
+    for n, trajectory in enumerate(trajectories):
+        traj_rows.append([])
+        for stretch in rows_of(trajectory.turns):
+            ids: list[int] = []
+            places: list[tuple[int, list[int]]] = []
+            for turn in stretch:
+                _check(trajectory, turn)
+                ids += turn.prompt_ids
+                if turn.action_ids and not ids:
+                    raise DataError(f"trajectory {trajectory.id}: an action without any context before it")
+                for token, logprob in zip(turn.action_ids, turn.action_logprobs, strict=True):
+                    places.append((len(ids), [len(token_ids)]))
+                    ids.append(token)
+                    token_ids.append(token)
+                    behaviour.append(logprob)
+                    turn_of_token.append(len(traj_of_turn))
+                traj_of_turn.append(n)
+            if not places:
+                continue
+            # Columns belong to the key: equal ids could be split differently into context and action.
+            key = (*ids, -1, *(column for column, _ in places))
+            if merge_equal_rows and (row := row_at.get(key)) is not None:
+                for (_, owners), (_, new) in zip(tokens_of_row[row], places, strict=True):
+                    owners += new
+            else:
+                row = row_at[key] = len(rows)
+                rows.append(ids)
+                tokens_of_row.append(places)
+            traj_rows[n].append(row)
+    return Batch(
+        index=Index(
+            torch.tensor(turn_of_token, dtype=torch.int64),
+            torch.tensor(traj_of_turn, dtype=torch.int64),
+            torch.tensor(group_of_traj, dtype=torch.int64),
+        ),
+        trajectories=list(trajectories),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        behaviour=torch.from_numpy(np.asarray(behaviour, dtype=np.float32)),
+        rows=rows,
+        tokens_of_row=tokens_of_row,
+        device=device,
+        _traj_rows=traj_rows,
+    )
+
+
+def _check(trajectory: Trajectory, turn: Turn) -> None:
+    if len(turn.action_ids) != len(turn.action_logprobs):
+        raise DataError(
+            f"trajectory {trajectory.id}: {len(turn.action_ids)} action ids but {len(turn.action_logprobs)} log-probs"
+        )

@@ -1,0 +1,144 @@
+"""Log-probs at action positions, and nowhere else.
+
+Hidden states are gathered where the agent spoke *before* the LM head, and log-softmax runs in chunks: no tensor of
+(rows, length, vocabulary) ever exists. `score` returns one flat vector (K,) whatever the micro-batches were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from agentrl.batch.rows import Batch, MicroBatch
+from agentrl.models.attention import lm_logits, run_ragged
+
+Tensor = torch.Tensor
+
+LOGIT_BUDGET = 1 << 24
+"""Largest number of logits held at once (64 MiB in float32)."""
+
+
+class Centre(NamedTuple):
+    """The distribution that centred log-probs are centred on: hidden states of one model at every action position."""
+
+    model: Any
+    hidden: Tensor
+    """(K, H) as `hidden_states` returns."""
+
+
+class TokenScores(NamedTuple):
+    """Per action token; None where not asked for."""
+
+    logprob: Tensor
+    """(k,) float32 nats, of the tempered distribution."""
+    entropy: Tensor | None
+    """(k,) float32 nats."""
+    centred: Tensor | None
+    """(k,) float32 nats: logprob minus its expectation under the centre's distribution (zero mean under it)."""
+
+
+def _head(
+    model: Any, hidden: Tensor, target: Tensor, temperature: float, want_entropy: bool, centre: Any, around: Tensor | None
+) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(lm_logits(model, hidden) / temperature, dim=-1)
+    out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
+    if want_entropy:
+        out.append(-(logp.exp() * logp).sum(-1))
+    if around is not None:
+        with torch.no_grad():
+            p = torch.softmax(lm_logits(centre, around) / temperature, dim=-1)
+        out.append(out[0] - (p * logp).sum(-1))
+    return tuple(out)
+
+
+def score_microbatch(
+    model: Any,
+    micro: MicroBatch,
+    *,
+    temperature: float = 1.0,
+    want_entropy: bool = False,
+    centre: Centre | None = None,
+) -> TokenScores:
+    """Scores the tokens of one micro-batch, in the order of `micro.tokens` (j,), with gradient if it is enabled."""
+    hidden = run_ragged(model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
+    around = None if centre is None else centre.hidden[_first_owner(micro)].to(hidden.device)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, LOGIT_BUDGET // vocab)
+    parts = []
+    for start in range(0, len(hidden), chunk):
+        piece = slice(start, start + chunk)
+        arguments = (
+            model,
+            hidden[piece],
+            micro.target[piece],
+            temperature,
+            want_entropy,
+            None if centre is None else centre.model,
+            None if around is None else around[piece],
+        )
+        # One chunk is held anyway; several are recomputed in the backward pass instead of being kept.
+        if torch.is_grad_enabled() and len(hidden) > chunk:
+            parts.append(checkpoint(_head, *arguments, use_reentrant=False))
+        else:
+            parts.append(_head(*arguments))
+    columns = [torch.cat(column)[micro.slot.to(hidden.device)] for column in zip(*parts, strict=True)]
+    rest = columns[1:]
+    entropy = rest.pop(0) if want_entropy else None
+    return TokenScores(columns[0], entropy, rest.pop(0) if centre is not None else None)
+
+
+def _first_owner(micro: MicroBatch) -> Tensor:
+    """(k,) for each distinct position one action token that sits there."""
+    owner = torch.empty(len(micro.target), dtype=torch.int64)
+    owner[micro.slot] = micro.tokens
+    return owner
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    batch: Batch,
+    *,
+    budget: int,
+    temperature: float = 1.0,
+    want_entropy: bool = False,
+    centre: Centre | None = None,
+    trajectories: Sequence[int] | None = None,
+) -> TokenScores:
+    """Scores a whole batch without gradient.
+
+    Args:
+        model: causal LM with ragged attention.
+        batch: what to score.
+        budget: tokens per forward pass; no effect on the result beyond float rounding.
+        temperature: logits are divided by it, on both sides of every ratio.
+        want_entropy: also return entropies.
+        centre: also return centred log-probs.
+        trajectories: positions to restrict to; other tokens come back as 0.
+
+    Returns:
+        vectors (K,) float32 on the CPU.
+    """
+    wanted = [True, want_entropy, centre is not None]
+    out = [torch.zeros(batch.index.K) if want else None for want in wanted]
+    for micro in batch.microbatches(budget, trajectories):
+        scores = score_microbatch(model, micro, temperature=temperature, want_entropy=want_entropy, centre=centre)
+        for column, values in zip(out, scores, strict=True):
+            if column is not None and values is not None:
+                column[micro.tokens] = values.float().cpu()
+    return TokenScores(*out)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def hidden_states(model: Any, batch: Batch, *, budget: int) -> Tensor:
+    """Returns (K, H): the model's last hidden state at the position that predicts each action token."""
+    out: Tensor | None = None
+    for micro in batch.microbatches(budget):
+        hidden = run_ragged(model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
+        if out is None:
+            out = hidden.new_zeros((batch.index.K, hidden.shape[-1]))
+        out[micro.tokens.to(out.device)] = hidden[micro.slot.to(hidden.device)]
+    return torch.zeros((batch.index.K, 0)) if out is None else out

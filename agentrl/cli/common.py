@@ -1,0 +1,215 @@
+"""What the commands share: error lines, option types, tables, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from agentrl.errors import UserError
+
+if TYPE_CHECKING:
+    from agentrl.config import RolloutConfig
+    from agentrl.policy import Policy, Sampling
+    from agentrl.types import Trajectory
+
+console = Console()
+errors = Console(stderr=True)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+EnvArg = Annotated[list[str] | None, typer.Option("--env-arg", metavar="K=V", help="Environment argument; repeatable.")]
+PolicyName = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="Policy by name ([b]agentrl policies[/b] lists all).")
+]
+PolicyArg = Annotated[list[str] | None, typer.Option("--policy-arg", metavar="K=V", help="Policy option; repeatable.")]
+ModelDir = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Model that acts (a directory).")]
+MaxTurns = Annotated[
+    int | None, typer.Option("--max-turns", metavar="N", min=1, help="Turn limit; default: the environment's.")
+]
+History = Annotated[
+    str | None, typer.Option("--history", metavar="MODE", help="What a model sees of the past: full or window(k).")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Token limit of one turn.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads of the model.")]
+
+
+class Commands(TyperGroup):
+    """Prints a `UserError` as one red line (exit code 2). Every other exception keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            errors.print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+        except KeyboardInterrupt:
+            errors.print("Interrupted.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def assignments(values: Sequence[str] | None, option: str) -> dict[str, Any]:
+    """Returns ``{"size": 6}`` for ``["size=6"]``; values are YAML. `option` names the option in errors."""
+    from agentrl.config.load import parse_assignments
+
+    return parse_assignments(values or (), f"{option} size=6")
+
+
+def make_policy(name: str | None, model: str | None, options: Mapping[str, Any], threads: int | None = None) -> Policy:
+    """Returns the policy called `name`, or the one that plays the model directory `model`.
+
+    Raises:
+        UserError: neither is given, no such policy, or an option that it does not take.
+    """
+    from agentrl.policy import load_policy
+
+    if name is None and model is None:
+        raise UserError("who acts? give --policy NAME (agentrl policies lists all) or --model DIR")
+    given = dict(options)
+    if model is not None:
+        name = name or "transformers"
+        given["model"] = model
+        if threads is not None:
+            given["threads"] = threads
+    try:
+        return load_policy(str(name), **given)
+    except TypeError as error:
+        raise UserError(
+            f"policy {name!r} cannot be made with {given}: {error} (agentrl policies {name} shows its options)"
+        ) from error
+
+
+def rollout_settings(
+    base: RolloutConfig | None, history: str | None, temperature: float | None, max_new_tokens: int | None
+) -> tuple[RolloutConfig, Sampling]:
+    """Returns `base` (None: the defaults) with the given options, and the sampling, where temperature 0 is greedy.
+
+    Raises:
+        UserError: `history` is neither full nor window(k).
+    """
+    from agentrl.config import RolloutConfig
+    from agentrl.config.load import checked
+    from agentrl.policy import Sampling
+
+    given = {"history": history, "max_new_tokens": max_new_tokens}
+    settings = base.model_dump() if base is not None else {}
+    rollout = checked(RolloutConfig, settings | {key: value for key, value in given.items() if value is not None})
+    drawn = rollout.temperature if temperature is None else temperature
+    return rollout, Sampling(drawn, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def check_output(path: str | Path) -> Path:
+    """Proves that the file `path` can be written, before the work whose result it will hold.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from agentrl.files import check_writable
+
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file in it")
+    check_writable(path.parent)
+    return path
+
+
+def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    """Returns a table of names and values."""
+    result = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    result.add_column(style="cyan", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, value in rows:
+        result.add_row(name, shown(value))
+    return result
+
+
+def shown(value: Any) -> str:
+    """Returns `value` as people read it: four digits for floats, ``4 x a, 1 x b`` for counts, ``-`` for nothing."""
+    if value is None or value in ({}, [], ""):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in value.values()):
+            return ", ".join(f"{item:,} x {key}" for key, item in value.items())
+        return ", ".join(f"{key}={shown(item)}" for key, item in value.items())
+    return str(value)
+
+
+class EpisodeProgress:
+    """Progress bar over episodes with the running success rate, on standard error. Use as a context manager.
+
+    Keeps the finished episodes (`episodes`), so that an interrupted command can still store them.
+    """
+
+    def __init__(self, description: str, total: int) -> None:
+        self.episodes: list[Trajectory] = []
+        self._successes = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("success {task.fields[success]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            expand=True,
+        )
+        self._task = self._bar.add_task(description, total=total, success="  -  ")
+
+    def __call__(self, trajectory: Trajectory) -> None:
+        if not trajectory.scorable:
+            return
+        self.episodes.append(trajectory)
+        self._successes += trajectory.success
+        rate = self._successes / len(self.episodes)
+        self._bar.update(self._task, advance=1, success=f"{rate:5.1%}")
+
+    def __enter__(self) -> EpisodeProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.live.transient = kind is not None and not self.episodes  # no empty bar above an error
+        self._bar.stop()
+
+
+@contextmanager
+def step_progress(description: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yields a function that takes ``{"step", "steps", "loss", "tokens_per_second"}`` and moves a bar."""
+    bar = Progress(
+        TextColumn(description),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        expand=True,
+    )
+    task = bar.add_task("", total=None, state="")
+    bar.live.transient = True  # until the first step: no empty bar above an error
+
+    def on_step(state: Mapping[str, float]) -> None:
+        bar.live.transient = False
+        text = f"loss {state['loss']:.3f}  {state['tokens_per_second']:,.0f} tokens/s"
+        bar.update(task, total=int(state["steps"]), completed=int(state["step"]), state=text)
+
+    with bar:
+        yield on_step

@@ -1,0 +1,154 @@
+"""``agentrl envs`` and ``agentrl policies``: what can be named, and what it takes."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import warnings
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from agentrl.cli.common import console, errors, table
+from agentrl.errors import UnknownNameError
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `envs` and `policies`."""
+    app.command("envs")(envs)
+    app.command("policies")(policies)
+
+
+def envs(
+    env: Annotated[
+        str | None, typer.Argument(metavar="ENV", help="Show this one: its arguments, instructions and first view.")
+    ] = None,
+) -> None:
+    """List the environments, or show one.
+
+    Example:  [b]agentrl envs Sokoban-v0[/b]
+    """
+    import gymnasium as gym
+
+    from agentrl.envs import environment_ids
+    from agentrl.envs.registry import load_plugins
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken plugins are listed below
+        broken = load_plugins()
+    if env is not None:
+        _show_environment(env)
+        return
+    listing = Table(title="Environments", title_justify="left", title_style="bold")
+    listing.add_column("id", style="cyan", no_wrap=True)
+    listing.add_column("what the agent does")
+    listing.add_column("turn limit", justify="right")
+    for env_id, summary in environment_ids().items():
+        limit = gym.registry[env_id].max_episode_steps
+        listing.add_row(env_id, Text(summary), "none" if limit is None else str(limit))
+    console.print(listing)
+    for name, reason in broken.items():
+        errors.print(Text(f"plugin {name!r} could not be loaded: {reason}", style="yellow"), soft_wrap=True)
+
+
+def policies(
+    policy: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this one: its options and what it does.")
+    ] = None,
+) -> None:
+    """List the policies, or show one.
+
+    Example:  [b]agentrl policies transformers[/b]
+    """
+    from agentrl.policy import policy_names
+
+    points = {point.name: point for point in entry_points(group="agentrl.policies")}
+    if policy is not None:
+        if policy not in policy_names():
+            raise UnknownNameError("policy", policy, policy_names(), "agentrl policies lists all")
+        _show_policy(points[policy])
+        return
+    listing = Table(title="Policies", title_justify="left", title_style="bold")
+    listing.add_column("name", style="cyan", no_wrap=True)
+    listing.add_column("what acts")
+    listing.add_column("from", overflow="fold", style="dim")
+    for name in policy_names():
+        listing.add_row(name, Text(_summary(points[name])), points[name].value.partition(":")[0])
+    console.print(listing)
+    console.print("Options of one: [b]agentrl policies NAME[/b]")
+
+
+def _show_environment(env_id: str) -> None:
+    from agentrl.envs import environment_ids, make
+    from agentrl.types import text_of
+
+    world = make(env_id)
+    observation, _ = world.reset(seed=0)
+    base: Any = world.unwrapped
+    limit = None if world.spec is None else world.spec.max_episode_steps
+    rows = [
+        ("what the agent does", environment_ids().get(env_id, "")),
+        ("turn limit", limit),
+        ("arguments (--env-arg)", signature(type(base), leave_out=("render_mode",))),
+    ]
+    console.print(table(env_id, rows))
+    if instructions := getattr(base, "instructions", ""):
+        console.print(Panel(Text(instructions.strip()), title="instructions", title_align="left"))
+    console.print(Panel(Text(text_of(observation)), title="first observation of seed 0", title_align="left"))
+    world.close()
+
+
+def _show_policy(point: EntryPoint) -> None:
+    factory = point.load()
+    rows = [("options (--policy-arg)", signature(factory)), ("from", point.value)]
+    console.print(table(point.name, rows))
+    text = (inspect.getdoc(factory) or "").partition("\nRaises:")[0]
+    console.print(Text(reflow(text, console.width)))
+
+
+def reflow(docstring: str, width: int) -> str:
+    """Returns a Google-style docstring filled to `width`: paragraphs and the entries of ``Args:`` stay apart."""
+    items: list[str] = []
+    depth = -1  # indentation of the item that a following line may continue; -1: none
+    for line in docstring.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and depth >= 0 and (indent > depth or indent == depth == 0):
+            items[-1] += " " + line.strip()
+        else:
+            items.append(line)
+            depth = indent if line.strip() and not line.rstrip().endswith(":") else -1
+    return "\n".join(
+        textwrap.fill(item, width, subsequent_indent=" " * (len(item) - len(item.lstrip())) + "    ")
+        if item.startswith(" ")
+        else textwrap.fill(item, width)
+        for item in items
+    )
+
+
+def signature(function: Any, leave_out: tuple[str, ...] = ()) -> str:
+    """Returns the named parameters of `function` with their defaults, one a line."""
+    lines = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in leave_out:
+            continue
+        required = parameter.default is parameter.empty
+        lines.append(parameter.name + (" (required)" if required else f"={parameter.default!r}"))
+    return "\n".join(lines) or "none"
+
+
+def _summary(point: EntryPoint) -> str:
+    """Returns the first line of the documentation of a policy without loading its engine.
+
+    A package that loads its engine on first use documents itself; everything else is documented at the factory.
+    """
+    try:
+        module = import_module(point.module)
+    except ImportError as error:
+        return f"not installed: {error}"
+    documented = vars(module).get(point.attr.partition(".")[0], module)
+    return (inspect.getdoc(documented) or "").partition("\n")[0]

@@ -1,0 +1,112 @@
+"""``agentrl train``: a run from a configuration file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.text import Text
+
+from agentrl.cli.common import console, errors, table
+from agentrl.errors import UserError
+
+if TYPE_CHECKING:
+    from agentrl.config import RunConfig
+
+_SIGNS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_ENTRIES = (*_SIGNS_OF_A_RUN, "plan.txt", "tensorboard", "trajectories", "model", "failed")
+"""What a run leaves in its folder. ``--overwrite`` removes these and nothing else."""
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `train`."""
+    app.command("train")(train)
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run, instead of the file's run_dir.")
+    ] = None,
+) -> None:
+    """Train an agent. Ctrl-C finishes the iteration, saves and exits; a second one stops at once.
+
+    Example:  [b]agentrl train configs/sokoban_oprl.yaml prm.beta=0.1 --out runs/beta[/b]
+    """
+    from agentrl.config import load_config
+
+    settings = load_config(config, overrides or ())
+    if out is not None:
+        settings.run_dir = str(out)
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite removes it; give one of them")
+    check_folder(settings, earlier_run=resume or overwrite)
+    with errors.status("loading"):
+        from agentrl.models.load import check_model_dir
+        from agentrl.train import train as run
+        from agentrl.train.plan import batch_plan
+
+        plan = batch_plan(settings)
+        if settings.model.path:
+            check_model_dir(settings.model.path)
+    if overwrite:
+        remove_run(settings)
+    console.print(Panel(Text(plan), title=f"{settings.name}: plan", title_align="left"))
+    console.print(f"resolved configuration: {Path(settings.run_dir) / 'config.yaml'}", soft_wrap=True)
+    result = run(settings, resume=resume)
+    console.print(table("Stopped" if result.get("interrupted") else "Trained", _rows(result, settings)))
+    if result.get("interrupted"):
+        console.print("Go on with the same command and [b]--resume[/b].")
+
+
+def check_folder(settings: RunConfig, *, earlier_run: bool) -> None:
+    """Checks that the run's folder can be written and, unless `earlier_run` is wanted, holds no run.
+
+    Raises:
+        UserError: it is not writable, or holds a run.
+    """
+    from agentrl.files import check_writable
+
+    folder = Path(settings.run_dir)
+    if not earlier_run and any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
+        raise UserError(
+            f"{str(folder)!r} already holds a run; go on with it (--resume), remove it (--overwrite), "
+            "or choose another folder (--out DIR)"
+        )
+    check_writable(folder)
+
+
+def remove_run(settings: RunConfig) -> None:
+    """Removes what an earlier run left in the folder, and nothing else.
+
+    Raises:
+        UserError: the new run would start from a model that lies there.
+    """
+    earlier = [path for name in _ENTRIES if (path := Path(settings.run_dir) / name).exists()]
+    for start in (settings.model.path, settings.prm.init):
+        for path in earlier:
+            if start and Path(start).resolve().is_relative_to(path.resolve()):
+                raise UserError(f"--overwrite would remove {start!r}, which this run starts from; choose another --out")
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _rows(result: Mapping[str, Any], settings: RunConfig) -> list[tuple[str, Any]]:
+    held_out = result.get("eval", {}).get("success")
+    rows = [
+        ("iterations", f"{result['iteration']} of {settings.iterations}"),
+        ("success in training", f"{result['success']:.1%}" if "success" in result else None),
+        ("model", Path(settings.run_dir) / "model"),
+        ("metrics", Path(settings.run_dir) / "metrics.jsonl"),
+    ]
+    if held_out:
+        shown = f"{held_out['value']:.1%} [{held_out['low']:.1%}, {held_out['high']:.1%}] of {held_out['episodes']}"
+        rows.insert(2, ("held-out success", shown))
+    return rows

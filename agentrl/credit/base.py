@@ -1,0 +1,99 @@
+"""What every credit method takes and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from agentrl.batch.index import Index, count, segment_mean, segment_std
+
+Tensor = torch.Tensor
+
+
+class Options(BaseModel):
+    """Base of a method's options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Everything a method may look at. Detached, on the CPU."""
+
+    index: Index
+    outcome: Tensor
+    """(N,) outcome reward of each trajectory."""
+    token_reward: Tensor | None = None
+    """(K,) implicit process reward of each action token, in reward units (beta x nats); None without a PRM."""
+    prm_updates: int = 0
+    """Optimiser steps that the PRM has had so far."""
+    prm_skill: float | None = None
+    """How well the PRM ordered this batch's pairs before it saw them, beyond what length alone predicts: 0..1."""
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """A method's answer. The two terms are kept apart for the report; `token` is what the policy trains on."""
+
+    token: Tensor
+    """(K,) float32 advantage of each action token."""
+    episode: Tensor
+    """(M,) float32 part of it that the whole episode shares."""
+    step: Tensor
+    """(M,) float32 part that is the turn's own (already weighted)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CreditMethod:
+    """A method: its name, options, function and needs."""
+
+    name: str
+    options_type: type[Options]
+    function: Callable[[Signals, Any], Advantage]
+    needs_prm: bool = False
+
+    def __call__(self, signals: Signals, options: Options) -> Advantage:
+        return self.function(signals, options)
+
+
+EpisodeEstimator = Literal["grpo", "rloo", "dr_grpo"]
+
+
+def zscore(values: Tensor, owner: Tensor, size: int, *, ddof: int = 1, eps: float = 0.0, floor: float = 0.0) -> Tensor:
+    """Returns float64 (x - mean)/(std + eps) inside each segment; 0 where the std is not above `floor`.
+
+    Segments of one, and segments without variance, give 0 (algorithms.md 0.4: a raw reward never leaks through).
+    """
+    mean = segment_mean(values, owner, size)[owner]
+    std = segment_std(values, owner, size, ddof)[owner]
+    return torch.where(std > floor, (values.double() - mean) / (std + eps).clamp(min=1e-300), 0.0)
+
+
+def leave_one_out(values: Tensor, owner: Tensor, size: int) -> Tensor:
+    """Returns float64 x_i minus the mean of the *other* entries of its segment; 0 in segments of one."""
+    n = count(owner, size)[owner]
+    centred = values.double() - segment_mean(values, owner, size)[owner]
+    return torch.where(n > 1, centred * n / (n - 1).clamp(min=1), 0.0)
+
+
+def episode_advantage(index: Index, outcome: Tensor, estimator: EpisodeEstimator, *, ddof: int = 1) -> Tensor:
+    """Returns (N,) float64: each trajectory's outcome against its group (algorithms.md 6)."""
+    owner, size = index.group_of_traj, index.G
+    if estimator == "grpo":
+        return zscore(outcome, owner, size, ddof=ddof, eps=1e-6)
+    if estimator == "rloo":
+        return leave_one_out(outcome, owner, size)
+    centred = outcome.double() - segment_mean(outcome, owner, size)[owner]
+    return torch.where(count(owner, size)[owner] > 1, centred, 0.0)
+
+
+def broadcast(index: Index, episode: Tensor, step: Tensor, metrics: dict[str, float] | None = None) -> Advantage:
+    """Spreads an episode term (N,) and a step term (M,) over turns and their action tokens."""
+    per_turn = episode[index.traj_of_turn]
+    token = (per_turn + step)[index.turn_of_token]
+    return Advantage(token.float(), per_turn.float(), step.float(), metrics or {})

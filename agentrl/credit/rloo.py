@@ -1,0 +1,24 @@
+"""RLOO (arXiv 2402.14740): the outcome minus the mean outcome of the group's other trajectories.
+
+    A_i = R_i - mean_{j != i} R_j = n/(n-1) (R_i - mean_g R)        groups of one give 0
+"""
+
+from __future__ import annotations
+
+import torch
+
+from agentrl.credit.base import Advantage, CreditMethod, Options, Signals, broadcast, episode_advantage
+
+
+class RLOOOptions(Options):
+    pass
+
+
+def rloo(signals: Signals, options: RLOOOptions) -> Advantage:
+    """Returns the leave-one-out outcome on every action token (K,)."""
+    index = signals.index
+    episode = episode_advantage(index, signals.outcome, "rloo")
+    return broadcast(index, episode, torch.zeros(index.M, dtype=torch.float64))
+
+
+RLOO = CreditMethod("rloo", RLOOOptions, rloo)

@@ -1,0 +1,197 @@
+"""Attention over ragged batches: many sequences in one row, no padding, through the `transformers` attention interface.
+
+A model loaded with ``attn_implementation="agentrl"`` runs two ways. Without further arguments it is plain SDPA with the
+library's own masks. With ``ragged=<plan>`` its input is one row of T tokens, the concatenation of many sequences, and
+the plan says which token attends to which: `PackedSequences` here for scoring and training, the slot cache of
+`policies.transformers` for sampling. Every architecture that uses the attention interface works unchanged.
+
+On a CPU sequences of equal length are attended in one batched causal SDPA call; on a GPU in half precision the whole
+row goes through variable-length flash attention. Both are exact: a token never sees another sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from agentrl.errors import ModelError
+
+NAME = "agentrl"
+
+
+class RaggedPlan(Protocol):
+    """Which token attends to which in a row of concatenated sequences."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Returns (T, heads, head_dim) from query (T, heads, head_dim) and key, value (T, kv_heads, head_dim)."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Whole sequences from their first token, each attending to itself causally.
+
+    `lengths` are the sequences' lengths in row order. Runs of equal length share one SDPA call: sort by length first.
+    """
+
+    lengths: tuple[int, ...]
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Returns (first token, number of sequences, length) of each run of equal length."""
+        runs: list[tuple[int, int, int]] = []
+        start = 0
+        for length in self.lengths:
+            if runs and runs[-1][2] == length:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
+            else:
+                runs.append((start, 1, length))
+            start += length
+        return runs
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        if _varlen is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return self._attend_varlen(query, key, value, scale)
+        parts = []
+        for start, count, length in self.runs():
+            tokens = slice(start, start + count * length)
+            q, k, v = (x[tokens].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+            parts.append(sdpa(q, k, v, scale, causal=True).transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        lengths = torch.tensor(self.lengths, device=query.device, dtype=torch.int32)
+        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        if key.shape[1] != query.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        longest = max(self.lengths)
+        assert _varlen is not None
+        return _varlen(query, key, value, ends, ends, longest, longest, scale=scale, **_CAUSAL)
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention of (B, heads, L, D) with fewer key heads than query heads allowed."""
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _load_varlen() -> tuple[Any, dict[str, Any]]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, {}
+    parameters = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    return varlen_attn, causal
+
+
+_varlen, _CAUSAL = _load_varlen()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    ragged: RaggedPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function behind ``attn_implementation="agentrl"``; shapes as `transformers` gives them (B, heads, L, D)."""
+    if ragged is None:
+        return AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for option in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ModelError(f"{type(module).__name__} uses {option}, which ragged attention does not support yet")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return ragged.attend(module.layer_idx, *rows, scale).unsqueeze(0), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def run_ragged(model: Any, ids: torch.Tensor, positions: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
+    """Runs the body of a causal LM (no LM head) over one row of concatenated sequences.
+
+    Args:
+        model: a causal LM loaded with ``attn_implementation="agentrl"``.
+        ids: (T,) int64 token ids.
+        positions: (T,) int64 position of each token inside its own sequence.
+        plan: which token attends to which.
+
+    Returns:
+        (T, H) last hidden states.
+    """
+    # A ready-made 4-D mask makes the library skip building one; the plan is the mask.
+    no_mask = ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+    output = model.base_model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_mask=no_mask,
+        use_cache=False,
+        ragged=plan,
+    )
+    return output.last_hidden_state[0]
+
+
+def lm_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns (K, V) float32 logits of hidden states (K, H), with the scalings some architectures apply after the head."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def check_ragged(model: Any) -> None:
+    """Compares ragged logits with the model's own on a short input; cheap, done once when a model is loaded.
+
+    Raises:
+        ModelError: the architecture does not go through the attention interface, or scales its logits in its own way.
+    """
+    if not getattr(model, "_supports_attention_backend", True):
+        raise ModelError(f"{type(model).__name__} does not use the transformers attention interface")
+    device = model.get_input_embeddings().weight.device
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(7, device=device) * 13 % vocab
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=device)
+    ragged = lm_logits(model, run_ragged(model, ids, positions, PackedSequences((3, 4))))
+    plain = torch.cat([model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (ids[:3], ids[3:])])
+    tolerance = 1e-3 if ragged.dtype == plain.dtype else 0.5
+    error = (ragged - plain.float()).abs().max().item()
+    if not error <= tolerance:
+        raise ModelError(
+            f"{type(model).__name__}: logits of packed sequences differ from the model's own by {error:.3g}; "
+            "this architecture cannot be trained exactly here"
+        )

@@ -1,0 +1,285 @@
+"""The implicit PRM and its online training (OPRL, arXiv 2509.19199 Eq. 1-2; algorithms.md 1.4-1.12).
+
+A causal LM phi whose log-ratio to a reference is a reward for every token, trained so that the trajectory scores
+
+    Q_i = beta sum_k w_k (s_phi[k] - s_ref[k])            w = 1 (`score: sum`) or 1/T_i (`score: mean`)
+
+order the pairs of a group by outcome. `s` is the log-prob, or with `centred` the log-prob minus its expectation under
+the policy that acts: then the expected reward of every turn is zero, and length alone moves nothing (the plain form
+gives every turn -beta KL <= 0 on average, so that longer means lower).
+
+The update is exact whatever the micro-batch: pass 1 scores without gradient, the loss is differentiated with respect to
+the N scores, pass 2 back-propagates sum_k dL/dQ_i beta w_k s_phi[k] row by row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from agentrl.batch import Batch, Centre, build_batch, hidden_states, score, score_microbatch
+from agentrl.batch.index import Index, segment_sum
+from agentrl.buffer.pairs import preference_pairs
+from agentrl.config.schema import PairConfig, PRMConfig
+from agentrl.errors import NonFiniteError
+from agentrl.prm.loss import PairTensors, pair_accuracy, pair_loss
+from agentrl.types import Trajectory
+
+Tensor = torch.Tensor
+
+
+class ImplicitPRM:
+    """A PRM with its optimiser, reference and health metrics.
+
+    Args:
+        model: the PRM's weights; trained in place.
+        initial_policy: the policy before training; copied as the reference unless `config.reference` is ``behaviour``.
+        config: PRM options.
+        pairs: how pairs are formed.
+        temperature: the sampler's temperature, applied to every model alike.
+        budget: tokens per forward pass.
+        seed: of the pairs' matching, hold-out and replay draws.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        initial_policy: Any,
+        config: PRMConfig,
+        pairs: PairConfig,
+        *,
+        temperature: float = 1.0,
+        budget: int = 16384,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.pair_config = pairs
+        self.temperature = temperature
+        self.budget = budget
+        self.seed = seed
+        self.updates = 0
+        self.reference: Any = None
+        if config.reference != "behaviour":
+            self.reference = copy.deepcopy(initial_policy).requires_grad_(False)
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+
+    def step(
+        self, batch: Batch, outcome: Tensor, policy: Any, replay: Sequence[Trajectory], iteration: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """One iteration: judges the new batch, learns, and gives every action token its reward.
+
+        Args:
+            batch: the new batch (K tokens, N trajectories).
+            outcome: (N,) its outcomes.
+            policy: the model that played it, before its own update.
+            replay: trajectories of earlier iterations to learn from as well (may be empty).
+            iteration: number of this iteration; seeds the draws.
+
+        Returns:
+            rewards (K,) in reward units, and health metrics (pair accuracy is measured *before* the update).
+        """
+        if self.config.reference == "rebase" and iteration > 0 and iteration % self.config.rebase_every == 0:
+            self._rebase(policy)
+        centre = self._centre(batch, policy)
+        reference = self._reference_scores(batch, policy, centre)
+        before = self._scores(batch, centre)
+        reward = self.config.beta * (before - reference)
+        pairs = PairTensors.of(preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 0)))
+        metrics = self._health(batch, reward, before, pairs)
+        metrics |= self._learn(batch, outcome, policy, replay, iteration)
+        if self.config.order == "update_then_score" and metrics["prm_steps"]:
+            reward = self.config.beta * (self._scores(batch, centre) - reference)
+            metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
+        if not torch.isfinite(reward).all():
+            raise NonFiniteError("the PRM's rewards are not finite")
+        return reward, metrics
+
+    def update(
+        self, batch: Batch, outcome: Tensor, pairs: PairTensors, reference: Tensor, centre: Centre | None = None
+    ) -> dict[str, float]:
+        """One exact two-pass optimiser step on `pairs` of `batch`.
+
+        Args:
+            batch: N trajectories, K tokens.
+            outcome: (N,).
+            pairs: P > 0 pairs.
+            reference: (K,) the reference's s.
+            centre: what to centre on, with `config.centred`.
+
+        Returns:
+            loss, gradient norm, and how far the parameters moved relative to their size.
+        """
+        involved = sorted({*pairs.winner.tolist(), *pairs.loser.tolist()})
+        before = self._scores(batch, centre, involved)
+        loss, weight = self.token_weights(batch.index, outcome, pairs, before - reference)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the PRM's loss is {loss}")
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in batch.microbatches(self.budget, involved):
+            scores = score_microbatch(self.model, micro, temperature=self.temperature, centre=centre)
+            s = scores.centred if self.config.centred else scores.logprob
+            assert s is not None
+            (s * weight[micro.tokens].to(s)).sum().backward()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the PRM's gradient norm is {grad_norm}")
+        sample = self._sample_parameters()
+        self.optimizer.step()
+        self.updates += 1
+        moved = (self._sample_parameters() - sample).norm() / sample.norm()
+        return {"prm_loss": loss, "prm_grad_norm": grad_norm, "prm_moved": float(moved)}
+
+    def token_weights(
+        self, index: Index, outcome: Tensor, pairs: PairTensors, log_ratio: Tensor
+    ) -> tuple[float, Tensor]:
+        """Returns the loss and its derivative with respect to each token's s_phi, (K,) float64 (algorithms.md 1.7)."""
+        scores = self.trajectory_scores(index, log_ratio).requires_grad_(True)
+        loss = pair_loss(scores, pairs, self.config.loss, outcome.double())
+        (slope,) = torch.autograd.grad(loss, scores)
+        if self.config.score == "mean":
+            slope = slope / index.turns_per_traj.clamp(min=1)
+        return float(loss), self.config.beta * slope[index.traj_of_token]
+
+    def trajectory_scores(self, index: Index, log_ratio: Tensor) -> Tensor:
+        """Returns Q (N,) float64 from log-ratios (K,)."""
+        total = self.config.beta * segment_sum(log_ratio, index.traj_of_token, index.N)
+        return total / index.turns_per_traj.clamp(min=1) if self.config.score == "mean" else total
+
+    def _learn(
+        self, batch: Batch, outcome: Tensor, policy: Any, replay: Sequence[Trajectory], iteration: int
+    ) -> dict[str, float]:
+        """All optimiser steps of an iteration, on the new batch and what is replayed."""
+        if replay:
+            batch = build_batch([*batch.trajectories, *replay], device=batch.device)
+            outcome = torch.tensor([t.outcome for t in batch.trajectories])
+        pairs = preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 1))
+        groups = batch.index.group_of_traj
+        mixed = sorted({int(groups[pair.winner]) for pair in pairs})
+        metrics: dict[str, float] = {"pairs": float(len(pairs)), "prm_steps": 0.0}
+        if not mixed:
+            return metrics
+        random = np.random.default_rng(self._draw(iteration, 2))
+        held = set(random.permutation(mixed)[: round(self.config.holdout * len(mixed))].tolist())
+        trained = [group for group in mixed if group not in held]
+        best = math.inf
+        for _ in range(self.config.updates if trained else 0):
+            chosen = set(trained)
+            if (limit := self.config.groups_per_update) is not None and limit < len(trained):
+                chosen = set(random.choice(trained, size=limit, replace=False).tolist())
+            part, sub = _restrict(batch, pairs, chosen)
+            centre = self._centre(part, policy)
+            reference = self._reference_scores(part, policy, centre)
+            result = self.update(part, _outcome_of(part), PairTensors.of(sub), reference, centre)
+            metrics |= result
+            metrics["prm_steps"] += 1
+            if held:
+                loss = self._held_out_loss(batch, pairs, held, policy)
+                metrics["prm_holdout_loss"] = loss
+                if loss > best:
+                    break
+                best = loss
+        return metrics
+
+    def _held_out_loss(self, batch: Batch, pairs: list[Any], held: set[int], policy: Any) -> float:
+        part, sub = _restrict(batch, pairs, held)
+        centre = self._centre(part, policy)
+        log_ratio = self._scores(part, centre) - self._reference_scores(part, policy, centre)
+        scores = self.trajectory_scores(part.index, log_ratio)
+        return float(pair_loss(scores, PairTensors.of(sub), self.config.loss, _outcome_of(part).double()))
+
+    def _centre(self, batch: Batch, policy: Any) -> Centre | None:
+        if not self.config.centred:
+            return None
+        return Centre(policy, hidden_states(policy, batch, budget=self.budget))
+
+    def _reference_scores(self, batch: Batch, policy: Any, centre: Centre | None) -> Tensor:
+        """(K,) s of the reference: recorded while sampling for ``behaviour``, else one forward pass."""
+        if self.config.reference == "behaviour" and centre is None:
+            return batch.behaviour
+        model = policy if self.config.reference == "behaviour" else self.reference
+        return self._pick(score(model, batch, budget=self.budget, temperature=self.temperature, centre=centre))
+
+    def _scores(self, batch: Batch, centre: Centre | None, trajectories: Sequence[int] | None = None) -> Tensor:
+        return self._pick(
+            score(
+                self.model,
+                batch,
+                budget=self.budget,
+                temperature=self.temperature,
+                centre=centre,
+                trajectories=trajectories,
+            )
+        )
+
+    def _pick(self, scores: Any) -> Tensor:
+        return scores.centred if self.config.centred else scores.logprob
+
+    def _health(self, batch: Batch, reward: Tensor, s: Tensor, pairs: PairTensors) -> dict[str, float]:
+        """Metrics of the new batch, before the PRM has seen it."""
+        metrics = {}
+        if not self.config.centred and batch.index.K:
+            metrics["prm_drift"] = float((batch.behaviour - s).mean())
+        if len(pairs.winner) == 0:
+            return metrics
+        index = batch.index
+        scores = segment_sum(reward, index.traj_of_token, index.N)
+        per_turn = scores / index.turns_per_traj.clamp(min=1)
+        metrics["pair_accuracy"] = pair_accuracy(scores, pairs)
+        metrics["pair_accuracy_per_turn"] = pair_accuracy(per_turn, pairs)
+        metrics["pair_accuracy_length"] = pair_accuracy(-index.turns_per_traj, pairs)
+        metrics["pair_margin"] = float((scores[pairs.winner] - scores[pairs.loser]).mean())
+        # The mean over turns does not know how long an episode was: what it orders right is skill, not length.
+        metrics["prm_skill"] = max(0.0, 2 * metrics["pair_accuracy_per_turn"] - 1)
+        return metrics
+
+    def _accuracy(self, batch: Batch, reward: Tensor, pairs: PairTensors) -> float:
+        if len(pairs.winner) == 0:
+            return 0.5
+        return pair_accuracy(segment_sum(reward, batch.index.traj_of_token, batch.index.N), pairs)
+
+    @torch.no_grad()
+    def _rebase(self, policy: Any) -> None:
+        for model in (self.model, self.reference):
+            for mine, theirs in zip(model.parameters(), policy.parameters(), strict=True):
+                mine.copy_(theirs)
+        self.optimizer = self._make_optimizer()
+
+    def _sample_parameters(self) -> Tensor:
+        """A fixed sample of every tensor: enough to see whether the PRM moves, at no memory worth naming."""
+        return torch.cat([p.detach().flatten()[:256].float().cpu() for p in self.model.parameters()])
+
+    def _draw(self, iteration: int, purpose: int) -> int:
+        return int(np.random.SeedSequence((self.seed, iteration, purpose)).generate_state(1)[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and counters (weights are saved apart, as safetensors)."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def _outcome_of(batch: Batch) -> Tensor:
+    return torch.tensor([t.outcome for t in batch.trajectories])
+
+
+def _restrict(batch: Batch, pairs: list[Any], groups: set[int]) -> tuple[Batch, list[Any]]:
+    """The trajectories of `groups` that stand in a pair, as a batch of their own, and their pairs."""
+    of = batch.index.group_of_traj.tolist()
+    kept = [pair for pair in pairs if of[pair.winner] in groups]
+    members = sorted({n for pair in kept for n in (pair.winner, pair.loser)})
+    place = {n: position for position, n in enumerate(members)}
+    part = build_batch([batch.trajectories[n] for n in members], device=batch.device)
+    moved = [pair.model_copy(update={"winner": place[pair.winner], "loser": place[pair.loser]}) for pair in kept]
+    return part, moved

@@ -1,0 +1,91 @@
+"""Token in, token out: which ids a model sees before each action.
+
+What was sampled is what is trained on. With history ``full`` one row grows through the whole episode: each turn appends
+the sampled ids, verbatim, and the ids of the new observation. With ``window(k)`` the model sees the last k turns before
+the current observation; while no more than k have passed the row simply grows, and from then on every turn starts a
+fresh row. A `Turn` stores only what is new, so that storage stays linear in the length of the episode.
+
+Left out: summaries and other learned contexts. They only need another way to make a fresh row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agentrl.errors import AgentRLError
+from agentrl.types import Content
+
+if TYPE_CHECKING:
+    from agentrl.models.chat import ChatCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the policy is asked to continue."""
+
+    ids: list[int]
+    """Every id of the current row, for the policy."""
+    prompt_ids: list[int]
+    """The part that is new since the last sampled id; all of `ids` where `new_row`. Stored in the `Turn`."""
+    new_row: bool
+
+
+class ContextBuilder:
+    """The token context of one episode. Call `observe`, then `act`, in turn.
+
+    Args:
+        codec: turns conversation into ids.
+        instructions: system prompt.
+        window: number of past turns that stay visible; None keeps all.
+    """
+
+    def __init__(self, codec: ChatCodec, instructions: str, window: int | None = None) -> None:
+        self._codec = codec
+        self._instructions = instructions
+        self._window = window
+        self._turns = 0
+        self._row: list[int] = []
+        self._sent: list[int] = []
+        self._actions: list[int] = []
+        self._observation: Content = ""
+        self._past: deque[tuple[Content, list[int]]] = deque(maxlen=window or 0)
+
+    def observe(self, observation: Content) -> Context:
+        """Returns the context in which the next action is to be sampled.
+
+        Raises:
+            AgentRLError: the ids handed out for the last turn were changed since; training on them would be wrong.
+        """
+        self._observation = observation
+        if self._turns == 0:
+            self._row = prompt = list(self._codec.start(self._instructions, observation))
+            new_row = True
+        elif self._window is None or self._turns <= self._window:
+            prompt = list(self._codec.extend(self._actions, observation))
+            self._row = [*self._row, *self._actions, *prompt]
+            self._check_prefix()
+            new_row = False
+        else:
+            self._row = prompt = list(self._codec.window(self._instructions, list(self._past), observation))
+            new_row = True
+        self._sent = list(self._row)
+        return Context(self._sent, prompt, new_row)
+
+    def act(self, action_ids: Sequence[int]) -> None:
+        """Records the ids sampled after the last `observe`."""
+        self._actions = list(action_ids)
+        self._turns += 1
+        if self._window:
+            self._past.append((self._observation, self._actions))
+
+    def _check_prefix(self) -> None:
+        """The sampler saw `_sent` and answered `_actions`: the new row must begin with exactly these."""
+        sent, answered = len(self._sent), len(self._sent) + len(self._actions)
+        if self._row[:sent] != self._sent or self._row[sent:answered] != self._actions:
+            raise AgentRLError(
+                f"turn {self._turns}: the context no longer begins with the {sent} ids the policy was given and the "
+                f"{len(self._actions)} it sampled; policies must not change `PolicyRequest.context_ids`"
+            )

@@ -1,0 +1,52 @@
+"""One event loop per thread for everything that is called without `await`.
+
+Policies may hold what belongs to a loop (an HTTP connection pool): successive collections, and the `aclose` at the end,
+must run on the same one. Inside a running loop (a notebook) the coroutine runs on a loop in a background thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_local = threading.local()
+_background: asyncio.AbstractEventLoop | None = None
+_lock = threading.Lock()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs `coroutine` to its end and returns its result. Ctrl-C cancels it and raises `KeyboardInterrupt`."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        if not hasattr(_local, "runner"):
+            _local.runner = asyncio.Runner()
+        runner: asyncio.Runner = _local.runner
+        # Not `return runner.run(coroutine)`: Python 3.11 takes the repr of a finished task, result included, when the
+        # runner puts back the SIGINT handler. For a thousand trajectories that is a third of a second.
+        result: list[T] = []
+
+        async def keep() -> None:
+            result.append(await coroutine)
+
+        runner.run(keep())
+        return result[0]
+    future = asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    global _background
+    with _lock:
+        if _background is None:
+            _background = asyncio.new_event_loop()
+            threading.Thread(target=_background.run_forever, name="agentrl-loop", daemon=True).start()
+    return _background

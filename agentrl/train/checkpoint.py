@@ -1,0 +1,103 @@
+"""Checkpoints: atomic directories that hold everything a run needs to go on as if it had never stopped.
+
+    checkpoints/iteration-000010/
+        policy/          model directory (safetensors, tokenizer): loads like any other model
+        prm/             the same for the PRM, and prm_reference/ where the reference is no longer the initial policy
+        buffer/          trajectories that later updates may replay
+        state.pt         optimisers, counters, random states (tensors and plain values: loads without unpickling code)
+        state.json       the iteration, for people
+
+A directory is written under a temporary name and renamed when it is complete: a kill at any moment leaves either the
+old checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentrl.errors import DataError, UserError
+
+_NAME = re.compile(r"iteration-(\d{6})")
+
+
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` finished iterations lies."""
+    return folder / f"iteration-{iteration:06d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.pt").exists())
+
+
+def write_checkpoint(folder: Path, iteration: int, models: dict[str, tuple[Any, Any]], state: dict[str, Any],
+                     buffer: Any, keep: int) -> Path:
+    """Writes a checkpoint and removes all but the newest `keep`.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        iteration: number of finished iterations.
+        models: name -> (model, tokenizer), each written as a model directory.
+        state: what `torch.save` writes to ``state.pt``: tensors, numbers, strings, lists and dicts only.
+        buffer: the trajectory buffer.
+        keep: newest checkpoints to keep.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    target = checkpoint_path(folder, iteration)
+    fresh = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        for name, (model, tokenizer) in models.items():
+            model.save_pretrained(fresh / name)
+            tokenizer.save_pretrained(fresh / name)
+        buffer.save(fresh / "buffer")
+        (fresh / "state.json").write_text(json.dumps({"iteration": iteration}) + "\n")
+        # Written last: a directory with a state is a complete one.
+        torch.save(state, fresh / "state.pt")
+        _sync(fresh)
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads ``state.pt`` of a checkpoint.
+
+    Raises:
+        DataError: it is broken.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
+    except Exception as error:
+        raise DataError(f"checkpoint {path} cannot be read: {error}; remove it to resume from the one before") from error
+    return state
+
+
+def _sync(folder: Path) -> None:
+    """Flushes the files of `folder` to disk, so that the rename never outruns them."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

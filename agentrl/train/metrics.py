@@ -1,0 +1,140 @@
+"""Metrics of a run: one JSON object per line in ``metrics.jsonl``, and TensorBoard where it is installed.
+
+A number that is not finite is written as null: JSON has no NaN, and a metric that does not exist in an iteration (pair
+accuracy without a pair) is no number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from agentrl.errors import DataError, UserError
+from agentrl.files import atomic_write
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends the metrics of each iteration to ``run_dir/metrics.jsonl``; every line is on disk when `write` returns.
+
+    Args:
+        run_dir: folder of the run; made where it is missing.
+        tensorboard: also write scalars to ``run_dir/tensorboard``; one line says so where it is not installed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], tensorboard: bool = False) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line: ``{"iteration": iteration, **metrics}``. Values: numbers, strings, nested mappings, lists.
+
+        Raises:
+            UserError: the disk is full or gone.
+        """
+        record = {"iteration": iteration, **{key: _plain(value) for key, value in metrics.items()}}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        if self._tensorboard:
+            self._write_scalars(iteration, record)
+
+    def truncate_after(self, iteration: int) -> None:
+        """Drops the lines of later iterations, and a last line that a kill cut off: a resumed run writes them anew."""
+        self._file.close()
+        kept = [record for record in read_metrics(self.path) if record["iteration"] <= iteration]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(record, allow_nan=False).encode() + b"\n" for record in kept)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._purge_step = iteration + 1
+
+    def close(self) -> None:
+        """Closes the files. The log cannot be written afterwards."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_scalars(self, iteration: int, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._tensorboard = False
+                print(
+                    f"TensorBoard is not installed (pip install 'agentrl[tensorboard]'); metrics go to {self.path}",
+                    file=sys.stderr,
+                )
+                return
+            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
+        for tag, value in _scalars(record, ""):
+            self._writer.add_scalar(tag, value, iteration)
+        self._writer.flush()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the lines of a ``metrics.jsonl`` file (or of the one in the folder `path`), oldest first.
+
+    A last line without its end is left out: it is being written, or a kill cut it off.
+
+    Raises:
+        DataError: no such file, or a broken line; names file and line.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read metrics {str(path)!r}: {error.strerror or error}") from None
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["iteration"], int):
+                raise ValueError(f"iteration is {record['iteration']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} line {number} holds no metrics: {error}") from None
+        records.append(record)
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """Returns `value` as JSON types; tensors and numpy scalars by their `item`, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "iteration":
+            yield f"{prefix}{key}", float(value)

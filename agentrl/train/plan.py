@@ -1,0 +1,33 @@
+"""The batch plan: every number of an iteration, derived from the configuration and printed before it runs."""
+
+from __future__ import annotations
+
+from agentrl.config.schema import RunConfig
+from agentrl.credit import load_credit
+
+
+def batch_plan(config: RunConfig) -> str:
+    """Returns the plan as a few lines of text: episodes, optimiser steps, forward passes, evaluations."""
+    rollout, update, prm = config.rollout, config.policy_update, config.prm
+    episodes = rollout.groups * rollout.group_size
+    method, _ = load_credit(config.credit.method, config.credit.options)
+    pool = f"a pool of {rollout.tasks}" if rollout.tasks else "fresh seeds"
+    steps = update.epochs * min(update.minibatches, episodes)
+    lines = [
+        f"rollout   {rollout.groups} groups x {rollout.group_size} = {episodes} episodes an iteration ({pool}), "
+        f"at most {min(rollout.concurrency, episodes)} at once; history {rollout.history}",
+        f"policy    {update.epochs} epoch x {update.minibatches} mini-batches = {steps} AdamW steps, "
+        f"about {-(-episodes // max(1, update.minibatches))} episodes each, lr {update.lr:g} ({update.schedule})",
+        f"memory    forward passes of at most {update.tokens_per_microbatch:,} tokens; no effect on the result",
+    ]
+    if method.needs_prm:
+        groups = "all groups" if prm.groups_per_update is None else f"{prm.groups_per_update} groups"
+        lines.append(
+            f"prm       {prm.updates} AdamW steps on pairs of {groups} of the last {prm.replay_iterations} iterations, "
+            f"lr {prm.lr:g}, reference {prm.reference}, {prm.order.replace('_', ' ')}"
+        )
+    lines.append(f"credit    {config.credit.method} {config.credit.options or ''}".rstrip())
+    every = f"every {config.eval.every} iterations" if config.eval.every else "never"
+    lines.append(f"total     {config.iterations} iterations = {config.iterations * episodes:,} episodes; "
+                 f"evaluation on {config.eval.episodes} held-out tasks {every}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""The policy update: mini-batches of whole trajectories, micro-batches by token budget, one AdamW step each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from agentrl.batch import Batch, score_microbatch
+from agentrl.config.schema import PolicyUpdateConfig
+from agentrl.errors import NonFiniteError
+from agentrl.train.policy_loss import kl_penalty, policy_loss, token_weights
+
+Tensor = torch.Tensor
+
+
+def make_optimizer(model: Any, config: PolicyUpdateConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters of `model`."""
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: PolicyUpdateConfig, iteration: int, iterations: int) -> float:
+    """Learning rate of `iteration` (from 0) out of `iterations`: linear warm-up, then the schedule down to a tenth."""
+    warm = config.warmup_iterations
+    if iteration < warm:
+        return config.lr * (iteration + 1) / (warm + 1)
+    done = (iteration - warm) / max(1, iterations - warm)
+    if config.schedule == "linear":
+        return config.lr * (1 - 0.9 * done)
+    if config.schedule == "cosine":
+        return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return config.lr
+
+
+def update_policy(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    advantage: Tensor,
+    config: PolicyUpdateConfig,
+    *,
+    temperature: float = 1.0,
+    reference: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Trains `model` on one batch: `epochs` x `minibatches` optimiser steps.
+
+    Args:
+        model: the policy; trained in place.
+        optimizer: over its parameters, learning rate already set.
+        batch: N trajectories, K action tokens, behaviour log-probs.
+        advantage: (K,) from the credit method.
+        config: ratio, clip, aggregation, KL, entropy.
+        temperature: of the sampler.
+        reference: (K,) log-probs of the initial policy, if `kl_coef` > 0.
+        seed: deals trajectories out to mini-batches.
+
+    Returns:
+        metrics: loss, gradient norm, clip fraction, mean ratio, KL to the behaviour policy, entropy, and the largest
+        difference between the log-probs recorded while sampling and the trainer's own before its first step.
+
+    Raises:
+        NonFiniteError: the advantage, the loss or the gradient became NaN or infinite.
+    """
+    if not torch.isfinite(advantage).all():
+        raise NonFiniteError("an advantage is not finite")
+    log = _Log()
+    random = np.random.default_rng(seed)
+    for epoch in range(config.epochs):
+        order = random.permutation(batch.index.N)
+        for number, members in enumerate(np.array_split(order, min(config.minibatches, batch.index.N))):
+            first = epoch == 0 and number == 0
+            _step(model, optimizer, batch, advantage, config, temperature, reference, members, log, first)
+    return log.means()
+
+
+def _step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    advantage: Tensor,
+    config: PolicyUpdateConfig,
+    temperature: float,
+    reference: Tensor | None,
+    members: np.ndarray,
+    log: _Log,
+    first: bool,
+) -> None:
+    """One optimiser step on the trajectories `members`."""
+    index = batch.index
+    weight = token_weights(index, config, torch.from_numpy(members))
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for micro in batch.microbatches(config.tokens_per_microbatch, members.tolist()):
+        k = micro.tokens
+        scores = score_microbatch(model, micro, temperature=temperature, want_entropy=True)
+        new, entropy = scores.logprob, scores.entropy
+        assert entropy is not None
+        old, mine = batch.behaviour[k].to(new), weight[k].to(new)
+        part = policy_loss(new, old, advantage[k].to(new), mine, index.turn_of_token[k].to(new.device), config)
+        loss = part.loss
+        if config.kl_coef > 0 and reference is not None:
+            loss = loss + config.kl_coef * (mine * kl_penalty(new, reference[k].to(new), config.kl_estimator)).sum()
+        if config.entropy_coef > 0:
+            loss = loss - config.entropy_coef * (mine * entropy).sum()
+        loss.backward()
+        total += float(loss.detach())
+        log.tokens(new.detach() - old, part.ratio, part.clipped, entropy.detach(), first)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"policy loss {total}, gradient norm {grad_norm}")
+    optimizer.step()
+    log.step(total, grad_norm)
+
+
+class _Log:
+    """Sums over tokens and steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = self.steps = 0
+        self.mismatch = 0.0
+
+    def tokens(self, difference: Tensor, ratio: Tensor, clipped: Tensor, entropy: Tensor, first: bool) -> None:
+        self.count += len(ratio)
+        # k3 of old against new: the KL from the behaviour policy.
+        kl = torch.exp(difference.clamp(-20, 20)) - 1 - difference
+        for name, values in (("ratio", ratio), ("clip_fraction", clipped), ("entropy", entropy), ("kl_behaviour", kl)):
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.float().sum())
+        if first and len(difference):
+            self.mismatch = max(self.mismatch, float(difference.abs().max()))
+
+    def step(self, loss: float, grad_norm: float) -> None:
+        self.steps += 1
+        for name, value in (("policy_loss", loss), ("policy_grad_norm", grad_norm)):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        per_step = {"policy_loss", "policy_grad_norm"}
+        out = {n: v / max(1, self.steps if n in per_step else self.count) for n, v in self.sums.items()}
+        return out | {"logprob_mismatch": self.mismatch, "policy_steps": float(self.steps)}

@@ -1,0 +1,390 @@
+"""One iteration of training reads from top to bottom in `Trainer.iterate`; each line is a call to a part.
+
+    collect -> outcome -> buffer -> PRM -> credit -> policy update -> sync -> log, evaluate, checkpoint
+
+The trainer knows no credit method by name: it computes what the method declares it needs. It duplicates, drops and pads
+nothing: episodes that infrastructure ended are counted and left out, everything else is trained on as it was sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agentrl.batch import build_batch, score
+from agentrl.batch.rows import Batch
+from agentrl.buffer import TrajectoryBuffer, write_jsonl
+from agentrl.buffer.pairs import pair_counts
+from agentrl.config import RunConfig, config_sha256, dump_config
+from agentrl.credit import Signals, load_credit
+from agentrl.envs import make
+from agentrl.errors import AgentRLError, NonFiniteError, UserError
+from agentrl.evaluate import EvalResult, evaluate
+from agentrl.files import check_writable
+from agentrl.models.load import check_model_dir, fingerprint, load_model, load_tokenizer, save_model
+from agentrl.policy import ModelPolicy, Sampling, load_policy
+from agentrl.prm import ImplicitPRM
+from agentrl.rollout import Collected, Collector, Task
+from agentrl.train.checkpoint import checkpoints, read_state, write_checkpoint
+from agentrl.train.metrics import MetricsLog
+from agentrl.train.plan import batch_plan
+from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
+from agentrl.train.stop import StopRequest
+from agentrl.types import Trajectory
+
+Metrics = dict[str, Any]
+
+MISMATCH_LIMIT = 0.05
+"""Nats: log-probs recorded while sampling may differ from the trainer's by this much in float32 before it is an error."""
+
+
+class Trainer:
+    """A training run: models, optimisers, buffer, and the loop.
+
+    Args:
+        config: the whole run.
+        resume: go on from the newest checkpoint in ``run_dir/checkpoints``.
+        on_episode: called with every finished training episode.
+        on_iteration: called with every iteration's metrics.
+
+    Raises:
+        UserError: anything that cannot work is refused here, before any episode is played.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        on_episode: Callable[[Trajectory], None] | None = None,
+        on_iteration: Callable[[Metrics], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.on_iteration = on_iteration
+        self.credit, self.credit_options = load_credit(config.credit.method, config.credit.options)
+        make(config.env.id, max_turns=config.env.max_turns, **config.env.kwargs).close()
+        self.run_dir = check_writable(config.run_dir)
+        if not config.model.path:
+            raise UserError("model.path is empty: give a model directory (agentrl init-model makes a small one)")
+        check_model_dir(config.model.path)
+        if config.model.threads is not None and config.model.device == "cpu":
+            torch.set_num_threads(config.model.threads)
+        torch.manual_seed(config.seed)
+
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.model = load_model(config.model.path, device=config.model.device, dtype=config.model.dtype, train=True)
+        self.initial = self._copy(self.model) if config.policy_update.kl_coef > 0 else None
+        policy = load_policy(config.model.engine, model=self.model, tokenizer=self.tokenizer)
+        if not isinstance(policy, ModelPolicy):
+            raise UserError(f"model.engine={config.model.engine!r} has no weights and cannot be trained")
+        self.policy = policy
+        self.optimizer = make_optimizer(self.model, config.policy_update)
+        self.prm = self._make_prm() if self.credit.needs_prm else None
+        self.collector = Collector(policy, config.env, config.rollout, config.outcome, on_episode=on_episode)
+        self.buffer = TrajectoryBuffer(config.buffer.keep_iterations)
+        self.iteration = 0
+        self.started = time.perf_counter()
+        found = checkpoints(self.run_dir / "checkpoints")
+        if resume and found:
+            self._restore(found[-1])
+        self.log = MetricsLog(self.run_dir, config.log.tensorboard)
+        self.log.truncate_after(self.iteration)
+        dump_config(config, self.run_dir / "config.yaml")
+        (self.run_dir / "plan.txt").write_text(batch_plan(config) + "\n")
+
+    def run(self) -> Metrics:
+        """Trains to the last iteration. Ctrl-C or SIGTERM finishes the iteration, saves and returns.
+
+        Returns:
+            the last iteration's metrics, with `interrupted` and `checkpoint`.
+        """
+        metrics: Metrics = {"iteration": self.iteration}
+        with StopRequest() as stop:
+            if self.iteration == 0 and self.config.eval.every:
+                self._log({"iteration": 0, "eval": self.evaluate().model_dump(mode="json")})
+            while self.iteration < self.config.iterations and not stop.requested:
+                metrics = self.iterate()
+                last = self.iteration == self.config.iterations or stop.requested
+                if self._due(self.config.eval.every) or (last and self.config.eval.every):
+                    metrics["eval"] = self.evaluate().model_dump(mode="json")
+                self._log(metrics)
+                if last or self._due(self.config.checkpoint.every):
+                    self.save()
+            metrics["interrupted"] = stop.requested
+        metrics["checkpoint"] = str(self.run_dir / "checkpoints")
+        return metrics
+
+    def iterate(self) -> Metrics:
+        """One iteration, from rollout to synced weights. Returns its metrics."""
+        config, clock = self.config, _Clock()
+        collected = self.collector.collect(self.tasks(), seed=config.seed, iteration=self.iteration)
+        clock.split(collected.seconds)
+        trajectories = collected.trajectories
+        self.buffer.append(trajectories, self.iteration)
+        self._store(collected)
+        batch = build_batch(trajectories, device=config.model.device)
+        outcome = torch.tensor([t.outcome for t in trajectories], dtype=torch.float64)
+        clock.lap("other")
+        try:
+            reward, prm_metrics = self._judge(batch, outcome)
+            clock.lap("prm")
+            advantage = self.credit(
+                Signals(
+                    batch.index,
+                    outcome,
+                    token_reward=reward,
+                    prm_updates=self.prm.updates if self.prm else 0,
+                    prm_skill=prm_metrics.get("prm_skill"),
+                ),
+                self.credit_options,
+            )
+            policy_metrics = self._update(batch, advantage.token)
+            clock.lap("policy")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"iteration {self.iteration}: {error}; {self._keep_evidence(trajectories)}") from error
+        self.iteration += 1
+        self._sync()
+        clock.lap("other")
+        return {
+            "iteration": self.iteration,
+            **_rollout_metrics(collected),
+            **prm_metrics,
+            **{f"credit_{name}": value for name, value in advantage.metrics.items()},
+            "advantage_std": float(advantage.token.std()) if batch.index.K > 1 else 0.0,
+            **policy_metrics,
+            "groups": pair_counts(trajectories),
+            "seconds": clock.seconds,
+            "elapsed": time.perf_counter() - self.started,
+            "tokens": batch.tokens,
+            "action_tokens": batch.index.K,
+        }
+
+    def tasks(self) -> list[Task]:
+        """The task instances of this iteration: fresh seeds, or the next ones of a pool dealt in seeded epochs."""
+        rollout, base = self.config.rollout, self.config.seed * 1_000_003
+        first = self.iteration * rollout.groups
+        places = range(first, first + rollout.groups)
+        if rollout.tasks:
+            epochs = {place // rollout.tasks for place in places}
+            deal = {e: np.random.default_rng((self.config.seed, e)).permutation(rollout.tasks) for e in epochs}
+            numbers = [int(deal[place // rollout.tasks][place % rollout.tasks]) for place in places]
+        else:
+            numbers = list(places)
+        return [
+            Task(seed=base + number, group_id=f"{self.iteration:06d}-{g:04d}", members=rollout.group_size)
+            for g, number in enumerate(numbers)
+        ]
+
+    def evaluate(self, *, temperature: float | None = None) -> EvalResult:
+        """Plays the held-out tasks with the current weights."""
+        config = self.config
+        if temperature is None:
+            temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+        return evaluate(
+            self.policy,
+            config.env,
+            episodes=config.eval.episodes,
+            seed=config.eval.seed,
+            rollout=config.rollout,
+            sampling=Sampling(temperature=temperature, max_new_tokens=config.rollout.max_new_tokens),
+            outcome=config.outcome,
+        )
+
+    def save(self) -> Path:
+        """Writes a checkpoint of everything the run needs to go on."""
+        models = {"policy": (self.model, self.tokenizer)}
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "version": self.policy.version,
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "config_sha256": config_sha256(self.config),
+        }
+        if self.prm is not None:
+            models["prm"] = (self.prm.model, self.tokenizer)
+            state["prm"] = self.prm.state_dict()
+            if self.config.prm.reference == "rebase":
+                models["prm_reference"] = (self.prm.reference, self.tokenizer)
+        path = write_checkpoint(
+            self.run_dir / "checkpoints", self.iteration, models, state, self.buffer, self.config.checkpoint.keep
+        )
+        save_model(self.model, self.tokenizer, self.run_dir / "model")
+        return path
+
+    def close(self) -> None:
+        """Ends environments, engine and log."""
+        import asyncio
+
+        self.collector.close()
+        asyncio.run(self.policy.aclose())
+        self.log.close()
+
+    def _judge(self, batch: Batch, outcome: torch.Tensor) -> tuple[torch.Tensor | None, Metrics]:
+        """Token rewards of the implicit PRM, if the credit method wants them."""
+        if self.prm is None:
+            return None, {}
+        replay = [t for t in self.buffer.latest(self.config.prm.replay_iterations) if t.iteration != self.iteration]
+        return self.prm.step(batch, outcome, self.model, replay, self.iteration)
+
+    def _update(self, batch: Batch, advantage: torch.Tensor) -> Metrics:
+        """The policy update, with the reference log-probs of a KL term where one is wanted."""
+        config = self.config.policy_update
+        rate = learning_rate(config, self.iteration, self.config.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        reference = None
+        temperature = self.config.rollout.temperature
+        if self.initial is not None:
+            budget = config.tokens_per_microbatch
+            reference = score(self.initial, batch, budget=budget, temperature=temperature).logprob
+        metrics = update_policy(
+            self.model,
+            self.optimizer,
+            batch,
+            advantage,
+            config,
+            temperature=temperature,
+            reference=reference,
+            seed=self.config.seed * 1_000_003 + self.iteration,
+        )
+        if self.config.model.dtype == "float32" and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
+            raise AgentRLError(
+                f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} nats "
+                f"(limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution"
+            )
+        return metrics | {"lr": rate}
+
+    def _sync(self) -> None:
+        """Gives the engine the new weights and checks that it has them."""
+        self.policy.load_weights(self.model.state_dict(), self.iteration)
+        if (theirs := self.policy.fingerprint()) != (ours := fingerprint(self.model)):
+            raise AgentRLError(f"weight sync failed: the engine's weights are {theirs}, the trainer's {ours}")
+
+    def _make_prm(self) -> ImplicitPRM:
+        config = self.config
+        if config.prm.init is None:
+            model = self._copy(self.model).requires_grad_(True)
+        else:
+            check_model_dir(config.prm.init)
+            model = load_model(config.prm.init, device=config.model.device, dtype=config.model.dtype, train=True)
+        return ImplicitPRM(
+            model,
+            self.model,
+            config.prm,
+            config.pairs,
+            temperature=config.rollout.temperature,
+            budget=config.policy_update.tokens_per_microbatch,
+            seed=config.seed,
+        )
+
+    @staticmethod
+    def _copy(model: Any) -> Any:
+        return copy.deepcopy(model).requires_grad_(False)
+
+    def _restore(self, path: Path) -> None:
+        """Puts everything back as it was after the checkpoint's iteration."""
+        state = read_state(path)
+        if state["config_sha256"] != config_sha256(self.config):
+            raise UserError(
+                f"{path} was written with another configuration; resume with the one in {self.run_dir / 'config.yaml'}, "
+                "or start a new run_dir"
+            )
+        self.iteration = state["iteration"]
+        self._load_into(self.model, path / "policy")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.prm is not None:
+            self._load_into(self.prm.model, path / "prm")
+            if self.config.prm.reference == "rebase":
+                self._load_into(self.prm.reference, path / "prm_reference")
+            self.prm.load_state_dict(state["prm"])
+        self.buffer = TrajectoryBuffer.load(path / "buffer", self.config.buffer.keep_iterations)
+        torch.set_rng_state(state["torch_rng"])
+        self.policy.load_weights(self.model.state_dict(), state["version"])
+
+    def _load_into(self, model: Any, path: Path) -> None:
+        saved = load_model(path, device=self.config.model.device, dtype=self.config.model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+    def _store(self, collected: Collected) -> None:
+        if self.config.buffer.write_trajectories:
+            name = f"iteration-{self.iteration:06d}.jsonl"
+            write_jsonl(self.run_dir / "trajectories" / name, [*collected.trajectories, *collected.failed])
+
+    def _keep_evidence(self, trajectories: list[Trajectory]) -> str:
+        path = self.run_dir / "failed" / f"iteration-{self.iteration:06d}.jsonl"
+        write_jsonl(path, trajectories)
+        good = checkpoints(self.run_dir / "checkpoints")
+        return f"its trajectories are in {path}; last good checkpoint: {good[-1] if good else 'none yet'}"
+
+    def _log(self, metrics: Metrics) -> None:
+        rest = {key: value for key, value in metrics.items() if key != "iteration"}
+        self.log.write(metrics["iteration"], rest)
+        if self.on_iteration is not None:
+            self.on_iteration(metrics)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.iteration % every == 0
+
+
+def train(config: RunConfig, *, resume: bool = False, **callbacks: Any) -> Metrics:
+    """Runs `config` and returns the last iteration's metrics. Callbacks as in `Trainer`; by default progress is printed."""
+    from agentrl.train.console import Console
+
+    if config.log.progress and not callbacks:
+        with Console(config) as console:
+            return _train(config, resume, {"on_episode": console.episode, "on_iteration": console.iteration})
+    return _train(config, resume, callbacks)
+
+
+def _train(config: RunConfig, resume: bool, callbacks: dict[str, Any]) -> Metrics:
+    trainer = Trainer(config, resume=resume, **callbacks)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+def _rollout_metrics(collected: Collected) -> Metrics:
+    """Means over the scorable trajectories, and counts of everything, dropped episodes included."""
+    kept = collected.trajectories
+    turns = [turn for t in kept for turn in t.turns]
+    n = max(1, len(kept))
+    return {
+        "success": sum(t.success for t in kept) / n,
+        "outcome": sum(t.outcome for t in kept) / n,
+        "turns": len(turns) / n,
+        "invalid_actions": sum(turn.info.get("valid_action") is False for turn in turns) / max(1, len(turns)),
+        "truncated": sum(t.truncated for t in kept) / n,
+        "episodes": len(kept),
+        "episodes_failed": len(collected.failed),
+        "episodes_retried": collected.retried,
+        "stop_reasons": collected.counts,
+    }
+
+
+class _Clock:
+    """Wall seconds of an iteration by part: generation, environment, prm, policy, other."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("generation", "environment", "prm", "policy", "other"), 0.0)
+        self._at = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._at
+        self._at = now
+
+    def split(self, rollout: dict[str, float]) -> None:
+        """Divides the time of a rollout that has just ended."""
+        before = self.seconds["other"]
+        self.lap("other")
+        spent = self.seconds["other"] - before
+        self.seconds["generation"] += rollout["policy"]
+        self.seconds["environment"] += rollout["environment"]
+        self.seconds["other"] = before + max(0.0, spent - rollout["policy"] - rollout["environment"])

@@ -1,0 +1,106 @@
+"""A preallocated KV cache with one slot per live episode, kept across the episode's turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from agentrl.models.attention import sdpa
+
+Tensor = torch.Tensor
+
+
+class SlotCache:
+    """Keys and values of every layer, (slots, length, kv_heads, head_dim), grown by doubling where it is too small."""
+
+    def __init__(self, layers: int, *, slots: int = 32, length: int = 256) -> None:
+        self.slots, self.length = slots, length
+        self._keys: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Makes room for `slots` episodes of `length` tokens; what is cached stays."""
+        if slots <= self.slots and length <= self.length:
+            return
+        while self.slots < slots:
+            self.slots *= 2
+        while self.length < length:
+            self.length *= 2
+        for store in (self._keys, self._values):
+            for layer, old in enumerate(store):
+                if old is not None:
+                    new = old.new_zeros((self.slots, self.length, *old.shape[2:]))
+                    new[: old.shape[0], : old.shape[1]] = old
+                    store[layer] = new
+
+    def write(self, layer: int, slot: Tensor, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (T, kv_heads, head_dim) at (slot, position) and returns the layer's whole stores."""
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            shape = (self.slots, self.length, *key.shape[1:])
+            keys = self._keys[layer] = key.new_zeros(shape)
+            values = self._values[layer] = value.new_zeros(shape)
+        keys[slot, position] = key
+        values[slot, position] = value
+        return keys, values
+
+
+class SlotPlan:
+    """Which new tokens go to which slots in one forward pass: `RaggedPlan` for sampling.
+
+    Args:
+        cache: where keys and values live.
+        slots: slot of each sequence.
+        past: tokens of each sequence that are cached already.
+        new: tokens of each sequence in this pass; sequences with equal `new` should stand together.
+        device: of the model.
+    """
+
+    def __init__(
+        self, cache: SlotCache, slots: Sequence[int], past: Sequence[int], new: Sequence[int], device: str
+    ) -> None:
+        self.cache = cache
+        cache.reserve(max(slots) + 1, max(p + n for p, n in zip(past, new, strict=True)))
+        slot, begin, length = (torch.tensor(x, device=device) for x in (slots, past, new))
+        start = length.cumsum(0) - length
+        self.slot = slot.repeat_interleave(length)
+        self.positions = torch.arange(len(self.slot), device=device) + (begin - start).repeat_interleave(length)
+        self._runs = [self._run(first, last, slots, past, new, device) for first, last in _equal_runs(new)]
+
+    def _run(
+        self, first: int, last: int, slots: Sequence[int], past: Sequence[int], new: Sequence[int], device: str
+    ) -> tuple[int, int, slice | Tensor | None, int, Tensor | None]:
+        """(sequences, new tokens, their slots or None for a fresh prefill, cached length, mask)."""
+        n, mine, before = new[first], slots[first:last], past[first:last]
+        longest = max(before) + n
+        if max(before) == 0:
+            return last - first, n, None, longest, None
+        consecutive = list(range(mine[0], mine[0] + len(mine))) == list(mine)
+        where = slice(mine[0], mine[0] + len(mine)) if consecutive else torch.tensor(mine, device=device)
+        if n == 1 and min(before) == max(before):
+            return last - first, n, where, longest, None
+        query_at = torch.tensor(before, device=device)[:, None] + torch.arange(n, device=device)
+        mask = torch.arange(longest, device=device) <= query_at[:, :, None]
+        return last - first, n, where, longest, mask[:, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = self.cache.write(layer, self.slot, self.positions, key, value)
+        parts, start = [], 0
+        for count, n, where, longest, mask in self._runs:
+            tokens = slice(start, start + count * n)
+            start += count * n
+            q = query[tokens].unflatten(0, (count, n)).transpose(1, 2)
+            if where is None:
+                k, v = (x[tokens].unflatten(0, (count, n)).transpose(1, 2) for x in (key, value))
+                out = sdpa(q, k, v, scale, causal=True)
+            else:
+                k, v = (x[where, :longest].transpose(1, 2) for x in (keys, values))
+                out = sdpa(q, k, v, scale, mask=mask)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _equal_runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    bounds = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
+    return list(zip(bounds, bounds[1:], strict=False))

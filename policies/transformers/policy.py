@@ -1,0 +1,104 @@
+"""`TransformersPolicy`: the in-process engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+
+from agentrl.errors import PolicyFailure, UserError
+from agentrl.models.attention import check_ragged
+from agentrl.models.chat import ChatCodec
+from agentrl.models.load import fingerprint, load_model, load_tokenizer
+from agentrl.policy import ModelPolicy, PolicyAction, PolicyRequest
+from policies.transformers.sampler import Sampler, to_action
+
+
+class TransformersPolicy(ModelPolicy):
+    """A causal LM sampled in this process.
+
+    Args:
+        model: a model directory or hub name, or a loaded model (then `tokenizer` too): the trainer passes its own, and
+            weight sync costs nothing.
+        tokenizer: for a loaded model.
+        dtype: ``float32`` or ``bfloat16``.
+        device: e.g. ``cpu``, ``cuda``.
+        threads: torch threads on a CPU; None leaves the setting alone.
+        prefill_budget: new tokens per forward pass.
+
+    Raises:
+        ModelError: the directory lacks something; the message says what and how to set it.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        tokenizer: Any = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+        prefill_budget: int = 16384,
+    ) -> None:
+        if model is None or model == "":
+            raise UserError("the transformers policy needs a model: give a directory (--model DIR, or model.path=DIR)")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if isinstance(model, str) or hasattr(model, "__fspath__"):
+            self.name = str(model)
+            tokenizer = load_tokenizer(model)
+            model = load_model(model, dtype=dtype, device=device)
+        else:
+            self.name = "transformers"
+        check_ragged(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat = ChatCodec(tokenizer)
+        self.version = 0
+        self.sampler = Sampler(model, self.chat.stop_ids, prefill_budget=prefill_budget)
+        # One thread: the engine answers one batch at a time, while environments go on in the event loop.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+        self._released: deque[str] = deque()
+
+    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        self.sampler.abort.clear()
+        future = self._thread.submit(self._act, list(requests))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.sampler.abort.set()
+            raise
+
+    def _act(self, requests: list[PolicyRequest]) -> list[PolicyAction]:
+        while self._released:
+            self.sampler.release(self._released.popleft())
+        for request in requests:
+            if not request.context_ids:
+                raise PolicyFailure(f"episode {request.episode}: the transformers policy got no context ids")
+        answers = self.sampler.sample(requests)
+        return [to_action(self.chat, *answer, self.version) for answer in answers]
+
+    def release(self, episode: str) -> None:
+        self._released.append(episode)
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        own = self.model.state_dict()
+        if unknown := sorted(set(weights) - set(own)):
+            raise UserError(f"weights that {type(self.model).__name__} does not have: {', '.join(unknown[:3])}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                if tensor.data_ptr() != own[name].data_ptr():
+                    own[name].copy_(tensor)
+        self.sampler.forget()
+        self.version = version
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    async def aclose(self) -> None:
+        self.sampler.abort.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)

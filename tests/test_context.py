@@ -222,10 +222,12 @@ def test_a_window_keeps_an_endless_episode_under_the_limit():
 
 
 def test_a_first_prompt_that_is_too_long_for_everybody_is_said_aloud():
-    with pytest.raises(UserError, match=r"no episode could act: the first prompt has \d+ tokens.*max_context_tokens=64"):
+    with pytest.raises(
+        UserError, match=r"no episode could act: the first prompt has \d+ tokens.*max_context_tokens=64"
+    ):
         collect(FakeModel(), env={"wordy": 50}, max_context_tokens=64)
 
 
 def test_log_probs_that_are_not_finite_stop_the_run():
-    with pytest.raises(NonFiniteError, match="fake-model.*turn 0 of episode g/0"):
+    with pytest.raises(NonFiniteError, match=r"fake-model.*turn 0 of episode g/0"):
         collect(FakeModel(logprob=float("nan")))

@@ -82,8 +82,11 @@ def segment_sum(values: Tensor, owner: Tensor, size: int) -> Tensor:
 
 
 def segment_mean(values: Tensor, owner: Tensor, size: int) -> Tensor:
-    """Returns (size,) float64 means; 0 where an owner has no entry."""
-    return segment_sum(values, owner, size) / count(owner, size).clamp(min=1)
+    """Returns (size,) float64 means; 0 where an owner has no entry. The mean of equal values is exactly that value."""
+    values = values.double()
+    # Summed from each segment's smallest value: 0.1 + 0.1 + 0.1 is not 0.3, and a group without variance would have one.
+    low = torch.zeros(size, dtype=torch.float64).scatter_reduce(0, owner, values, "amin", include_self=False)
+    return low + segment_sum(values - low[owner], owner, size) / count(owner, size).clamp(min=1)
 
 
 def segment_std(values: Tensor, owner: Tensor, size: int, ddof: int = 1) -> Tensor:

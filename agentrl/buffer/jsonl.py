@@ -76,14 +76,18 @@ def read_jsonl(
 
 
 def _to_line(trajectory: Trajectory) -> bytes:
+    # Half of a surrogate pair (a model's bytes cut in the middle) has no UTF-8: pydantic refuses it in values and
+    # replaces it in keys. As an ASCII escape of the slower `json` it survives.
     try:
-        return trajectory.model_dump_json().encode() + b"\n"
-    except PydanticSerializationError as error:
-        # Half of a surrogate pair (a model's bytes cut in the middle) has no UTF-8; as an ASCII escape it survives.
-        try:
-            return json.dumps(trajectory.model_dump(mode="python")).encode() + b"\n"
-        except (TypeError, ValueError):
-            raise DataError(f"trajectory {trajectory.id!r} cannot be written as JSON: {error}") from None
+        line = trajectory.model_dump_json()
+        if "\ufffd" not in line:
+            return line.encode() + b"\n"
+    except PydanticSerializationError:
+        pass
+    try:
+        return json.dumps(trajectory.model_dump(mode="python")).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(f"trajectory {trajectory.id!r} cannot be written as JSON: {error}") from None
 
 
 def _from_line(line: bytes) -> Trajectory:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.panel import Panel
-from rich.text import Text
 
 from agentrl.cli.common import console, errors, table
 from agentrl.errors import UserError
@@ -58,8 +56,10 @@ def train(
             check_model_dir(settings.model.path)
     if overwrite:
         remove_run(settings)
-    console.print(Panel(Text(plan), title=f"{settings.name}: plan", title_align="left"))
-    console.print(f"resolved configuration: {Path(settings.run_dir) / 'config.yaml'}", soft_wrap=True)
+    parts = [line.partition(" ") for line in plan.splitlines()]
+    rows = [(name, text.strip()) for name, _, text in parts]
+    resolved = Path(settings.run_dir) / "config.yaml"
+    console.print(table(f"Plan of run {settings.name!r}", [*rows, ("config", resolved)]))
     result = run(settings, resume=resume)
     console.print(table("Stopped" if result.get("interrupted") else "Trained", _rows(result, settings)))
     if result.get("interrupted"):
@@ -99,14 +99,12 @@ def remove_run(settings: RunConfig) -> None:
 
 
 def _rows(result: Mapping[str, Any], settings: RunConfig) -> list[tuple[str, Any]]:
-    held_out = result.get("eval", {}).get("success")
-    rows = [
-        ("iterations", f"{result['iteration']} of {settings.iterations}"),
-        ("success in training", f"{result['success']:.1%}" if "success" in result else None),
-        ("model", Path(settings.run_dir) / "model"),
-        ("metrics", Path(settings.run_dir) / "metrics.jsonl"),
-    ]
-    if held_out:
-        shown = f"{held_out['value']:.1%} [{held_out['low']:.1%}, {held_out['high']:.1%}] of {held_out['episodes']}"
-        rows.insert(2, ("held-out success", shown))
-    return rows
+    from agentrl.evaluate import Proportion
+
+    rows: list[tuple[str, Any]] = [("iterations", f"{result['iteration']} of {settings.iterations}")]
+    if "success" in result:
+        rows.append(("success in training", f"{result['success']:.1%}"))
+    if "eval" in result:
+        rows.append(("held-out success", Proportion.model_validate(result["eval"]["success"])))
+    folder = Path(settings.run_dir)
+    return [*rows, ("model", folder / "model"), ("metrics", folder / "metrics.jsonl")]

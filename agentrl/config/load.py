@@ -196,6 +196,7 @@ def _check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, place
 
 def _nearest(model: type[BaseModel], key: str, prefix: str) -> str:
     """Returns the hint for an unknown key: close names in its section, the same name elsewhere, or all its siblings."""
+    key = key.lower()
     close = [prefix + name for name in difflib.get_close_matches(key, model.model_fields, n=2, cutoff=0.6)]
     if not close:
         paths = list(_paths(RunConfig, ""))

@@ -82,14 +82,20 @@ def leave_one_out(values: Tensor, owner: Tensor, size: int) -> Tensor:
 
 
 def episode_advantage(index: Index, outcome: Tensor, estimator: EpisodeEstimator, *, ddof: int = 1) -> Tensor:
-    """Returns (N,) float64: each trajectory's outcome against its group (algorithms.md 6)."""
-    owner, size = index.group_of_traj, index.G
+    """Returns (N,) float64: each trajectory's outcome against its group (algorithms.md 6).
+
+    Trajectories without action tokens are left out of the group's statistics and get 0 (algorithms.md 1.7).
+    """
+    acting = index.tokens_per_traj > 0
+    owner, size, values = index.group_of_traj[acting], index.G, outcome.double()[acting]
     if estimator == "grpo":
-        return zscore(outcome, owner, size, ddof=ddof, eps=1e-6)
-    if estimator == "rloo":
-        return leave_one_out(outcome, owner, size)
-    centred = outcome.double() - segment_mean(outcome, owner, size)[owner]
-    return torch.where(count(owner, size)[owner] > 1, centred, 0.0)
+        advantage = zscore(values, owner, size, ddof=ddof, eps=1e-6)
+    elif estimator == "rloo":
+        advantage = leave_one_out(values, owner, size)
+    else:
+        # The mean of one is that one: a group of one gives 0 here as well.
+        advantage = values - segment_mean(values, owner, size)[owner]
+    return torch.zeros(index.N, dtype=torch.float64).masked_scatter(acting, advantage)
 
 
 def broadcast(index: Index, episode: Tensor, step: Tensor, metrics: dict[str, float] | None = None) -> Advantage:

@@ -116,7 +116,8 @@ def oprl(signals: Signals, options: OPRLOptions) -> Advantage:
         alpha *= signals.prm_skill or 0.0
     step = alpha * step_advantage(index, step_reward, options)
     if not options.uniform_groups:
-        mixed = segment_std(signals.outcome, index.group_of_traj, index.G) > 0
+        acting = index.tokens_per_traj > 0
+        mixed = segment_std(signals.outcome[acting], index.group_of_traj[acting], index.G) > 0
         step = torch.where(mixed[index.group_of_turn], step, 0.0)
     metrics = {
         "alpha": alpha,

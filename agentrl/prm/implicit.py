@@ -147,7 +147,7 @@ class ImplicitPRM:
         (slope,) = torch.autograd.grad(loss, scores)
         if self.config.score == "mean":
             slope = slope / index.turns_per_traj.clamp(min=1)
-        return float(loss), self.config.beta * slope[index.traj_of_token]
+        return float(loss.detach()), self.config.beta * slope[index.traj_of_token]
 
     def trajectory_scores(self, index: Index, log_ratio: Tensor) -> Tensor:
         """Returns Q (N,) float64 from log-ratios (K,)."""

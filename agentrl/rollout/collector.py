@@ -127,7 +127,7 @@ class Collector:
             batcher = Batcher(self.policy, self.rollout.policy_deadline_s, clock)
             live: dict[Episode, None] = {}
             with Watchdog(label or "rollout", clock, live, self.watchdog_s):
-                await self.pool.decide()
+                await self.pool.decide(self.rollout.episode_deadline_s)
                 shared = Shared(
                     policy=self.policy,
                     pool=self.pool,
@@ -236,7 +236,7 @@ def _collected(episodes: list[Episode], retried: int, clock: Clock, limit: int, 
     if episodes and all(one.stop_reason is StopReason.TOKEN_LIMIT and not one.turns for one in trajectories):
         raise UserError(
             f"no episode could act: the first prompt has {trajectories[0].metadata['refused_context_tokens']} tokens; "
-            f"with max_new_tokens={sampling.max_new_tokens} it passes rollout.max_context_tokens={limit}; raise the latter"
+            f"with max_new_tokens={sampling.max_new_tokens} it passes rollout.max_context_tokens={limit}; raise that"
         )
     return Collected(
         trajectories=[one for one in trajectories if one.scorable],

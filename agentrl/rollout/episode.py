@@ -128,6 +128,8 @@ class Episode:
             environment.made = True
         (seen, info, instructions), _ = await self._call_environment("reset", job.task.seed, dict(job.task.options))
         observation = checked_observation(trajectory.env, seen)
+        if shared.pool.instructions is not None:
+            instructions = shared.pool.instructions
         trajectory.instructions = instructions
         shared.starts.check(trajectory, job, instructions, observation)
         if shared.codec is not None:

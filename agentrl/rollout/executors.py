@@ -22,7 +22,7 @@ import gymnasium as gym
 
 from agentrl.config.schema import EnvConfig
 from agentrl.envs import make
-from agentrl.errors import EnvironmentFailure, UserError
+from agentrl.errors import DeadlineExceeded, EnvironmentFailure, UserError
 
 log = logging.getLogger("agentrl.rollout")
 
@@ -163,6 +163,7 @@ class EnvironmentPool:
     """Environments of one configuration, made on demand and kept between episodes and collections."""
 
     def __init__(self, config: EnvConfig, executor: str, *, evaluation: bool = False) -> None:
+        self.instructions = config.instructions
         self.env_id = config.id
         self.kwargs = {**config.kwargs, **config.eval_kwargs} if evaluation else dict(config.kwargs)
         self._max_turns = config.max_turns
@@ -185,11 +186,12 @@ class EnvironmentPool:
         name = f"env-{self.env_id}-{next(self._numbers)}"
         return Environment(host, name, threaded=self.executor != "inline")
 
-    async def decide(self) -> None:
+    async def decide(self, deadline_s: float) -> None:
         """Settles ``auto``: makes one environment in a thread and asks whether it is fast.
 
         Raises:
             UserError: the environment does not exist or refuses its arguments.
+            DeadlineExceeded: it was not made within `deadline_s`.
         """
         if self.executor != "auto":
             return
@@ -197,10 +199,14 @@ class EnvironmentPool:
         future: asyncio.Future[tuple[bool, Any]] = asyncio.get_running_loop().create_future()
         environment.submit("make", (), future)
         try:
-            good, error = await future
+            async with asyncio.timeout(deadline_s):
+                good, error = await future
         except asyncio.CancelledError:
             environment.discard()
             raise
+        except TimeoutError:
+            environment.discard()
+            raise DeadlineExceeded(f"environment {self.env_id!r} could not be made within {deadline_s:g} s") from None
         if isinstance(error, UserError):
             raise error
         self.executor = "inline" if good and environment.host.fast else "thread"

@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from agentrl.batch.rows import Batch
 from agentrl.buffer import TrajectoryBuffer, write_jsonl
 from agentrl.buffer.pairs import pair_counts
 from agentrl.config import RunConfig, config_sha256, dump_config
-from agentrl.credit import Signals, load_credit
+from agentrl.credit import Advantage, Signals, load_credit
 from agentrl.envs import make
 from agentrl.errors import AgentRLError, NonFiniteError, UserError
 from agentrl.evaluate import EvalResult, evaluate
@@ -42,6 +42,15 @@ Metrics = dict[str, Any]
 
 MISMATCH_LIMIT = 0.05
 """Nats: log-probs recorded while sampling may differ from the trainer's by this much in float32 before it is an error."""
+
+
+class Judged(NamedTuple):
+    """What the last iteration found out about its turns, before the policy was updated."""
+
+    batch: Batch
+    token_reward: torch.Tensor | None
+    """(K,)"""
+    advantage: Advantage
 
 
 class Trainer:
@@ -89,6 +98,7 @@ class Trainer:
         self.collector = Collector(policy, config.env, config.rollout, config.outcome, on_episode=on_episode)
         self.buffer = TrajectoryBuffer(config.buffer.keep_iterations)
         self.iteration = 0
+        self.last: Judged | None = None
         self.started = time.perf_counter()
         found = checkpoints(self.run_dir / "checkpoints")
         if resume and found:
@@ -144,6 +154,7 @@ class Trainer:
                 ),
                 self.credit_options,
             )
+            self.last = Judged(batch, reward, advantage)
             policy_metrics = self._update(batch, advantage.token)
             clock.lap("policy")
         except NonFiniteError as error:

@@ -17,7 +17,9 @@ from environments.sokoban.solver import SearchLimitError, move_values, solve
 
 
 def board_of(request: PolicyRequest) -> str:
-    """Returns the board that the request shows, without the error line above it after an invalid action."""
+    """Returns the board: from the info, else the one the request shows, without an error line above it."""
+    if (key := request.info.get("state_key")) is not None:
+        return str(key)
     text = text_of(request.observation)
     return text.partition("\n")[2] if text.startswith("Invalid action:") else text
 

@@ -93,6 +93,31 @@ def draw_board(layout: Layout, player: int, boxes: Boxes) -> str:
     return "".join(cells)
 
 
+@lru_cache(maxsize=4096)
+def _names(layout: Layout) -> dict[int, str]:
+    """Cell -> column letter and row digit, from the top left, as on a chess board: ``a0``, ``b0``, ..."""
+    return {cell: f"{chr(97 + cell % layout.stride)}{cell // layout.stride}" for cell in range(len(layout.static))}
+
+
+@lru_cache(maxsize=4096)
+def _static_names(layout: Layout) -> str:
+    rows = layout.static.split("\n")
+    inner = [
+        row * layout.stride + column
+        for row in range(1, len(rows) - 1)
+        for column in range(1, layout.stride - 2)
+        if rows[row][column] == "#"
+    ]
+    walls, targets = (" ".join(_names(layout)[cell] for cell in cells) for cells in (inner, sorted(layout.targets)))
+    return f"walls {walls or 'none'} target {targets}"
+
+
+def name_cells(layout: Layout, player: int, boxes: Boxes) -> str:
+    """Returns the state in words, walls of the outer edge left out: ``walls b3 target c1 box d3 you c4``."""
+    names = _names(layout)
+    return f"{_static_names(layout)} box {' '.join(names[box] for box in sorted(boxes))} you {names[player]}"
+
+
 def move(layout: Layout, player: int, boxes: Boxes, delta: int) -> tuple[int, Boxes]:
     """Returns player and boxes after one move; a move that walls or boxes forbid changes nothing."""
     cell = player + delta

@@ -1,4 +1,4 @@
-"""`SokobanEnv`: push every box onto a target. The observation is the board text and nothing else."""
+"""`SokobanEnv`: push every box onto a target. The observation is the state of the board and nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any, Literal
 from agentrl.envs import TextEnv
 from agentrl.envs.core import Step
 from agentrl.errors import ActionError, UserError
-from environments.sokoban.board import MOVES, draw_board, move, read_board
+from environments.sokoban.board import MOVES, draw_board, move, name_cells, read_board
 from environments.sokoban.levels import LevelSettings, Split, check_feasible, check_split, generate, load_levels
 
 _RULES = """You are solving a Sokoban puzzle: push every box onto a target.
 # wall, (space) floor, . target, $ box, * box on target, @ you, + you on target.
+Walk into a box to push it one cell; you cannot pull, and cannot push two boxes or into a wall.
+"""
+
+_RULES_IN_CELLS = """You are solving a Sokoban puzzle: push every box onto a target.
+Cells are named by column letter and row number, from the top left. The board is walled all around.
 Walk into a box to push it one cell; you cannot pull, and cannot push two boxes or into a wall.
 """
 
@@ -39,6 +44,8 @@ class SokobanEnv(TextEnv):
         levels: file or folder in Boxoban's format; the seed then chooses one of its levels.
         actions_per_turn: most moves in one turn, played in order; the rest is dropped once the level is solved.
         reward: ``sparse``: 1 when solved, else 0. ``shaped``: the sum of `reward_parts`.
+        observation: ``board``: the XSB text. ``cells``: what stands where, in words (``box d3 you c4``): half the
+            tokens, and far easier for a tiny model that has to learn what a grid is from nothing.
 
     Raises:
         UserError: settings that no level meets, or a broken level file (`DataError`).
@@ -58,6 +65,7 @@ class SokobanEnv(TextEnv):
         levels: str | Path | None = None,
         actions_per_turn: int = 1,
         reward: Literal["sparse", "shaped"] = "sparse",
+        observation: Literal["board", "cells"] = "board",
         render_mode: Literal["ansi"] | None = None,
     ) -> None:
         super().__init__()
@@ -65,6 +73,8 @@ class SokobanEnv(TextEnv):
             raise UserError(f"actions_per_turn={actions_per_turn}: at least one move a turn")
         if reward not in ("sparse", "shaped"):
             raise UserError(f"reward={reward!r}: 'sparse' or 'shaped'")
+        if observation not in ("board", "cells"):
+            raise UserError(f"observation={observation!r}: 'board' or 'cells'")
         check_split(split)
         self.settings = LevelSettings(
             size, boxes, min_solution, max_solution, None if walls is None else (walls[0], walls[1]), split
@@ -74,8 +84,9 @@ class SokobanEnv(TextEnv):
             check_feasible(self.settings)
         self.actions_per_turn = actions_per_turn
         self.reward = reward
+        self.observation = observation
         self.render_mode = render_mode
-        self.instructions = _RULES + (
+        self.instructions = (_RULES if observation == "board" else _RULES_IN_CELLS) + (
             "Answer with one move: up, down, left or right."
             if actions_per_turn == 1
             else f"Answer with 1 to {actions_per_turn} moves among up, down, left, right, for example: up, up, left"
@@ -88,7 +99,7 @@ class SokobanEnv(TextEnv):
             else:
                 board = self.levels[int(self.np_random.integers(len(self.levels)))]
         self._layout, self._player, self._boxes = read_board(board)
-        return board, self._info(board, 0, 0)
+        return self._show(board), self._info(board, 0, 0)
 
     def parse_action(self, text: str) -> list[str]:
         """Returns the moves in `text`: ``up``, ``up, up, left``, ``Action: up`` or ``<answer>up</answer>``.
@@ -122,12 +133,15 @@ class SokobanEnv(TextEnv):
         self._player, self._boxes = player, boxes
         board = draw_board(layout, player, boxes)
         info = self._info(board, on_target, made)
-        return board, self._reward(info), info["success"], info
+        return self._show(board), self._reward(info), info["success"], info
 
     def on_invalid(self, error: ActionError) -> Step:
         observation, _, terminated, _ = super().on_invalid(error)
-        info = self._info(str(self._last), 0, 1)
+        info = self._info(draw_board(self._layout, self._player, self._boxes), 0, 1)
         return observation, self._reward(info), terminated, info
+
+    def _show(self, board: str) -> str:
+        return board if self.observation == "board" else name_cells(self._layout, self._player, self._boxes)
 
     def _reward(self, info: dict[str, Any]) -> float:
         return sum(info["reward_parts"].values()) if self.reward == "shaped" else float(info["success"])

@@ -1,0 +1,64 @@
+"""Fixtures that several test files share. One thread, no network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+TEXTS = [
+    "You push boxes. Answer with one of up, down, left, right.",
+    *["######\n#@ $.#\n# *+ #\n######", "up", "down", "left", "right"] * 5,
+]
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """The worked numbers of the specification, where it stands beside the checkout."""
+    path = SHARED / "spec" / "golden.json"
+    if not path.exists():
+        pytest.skip(f"no golden numbers: {path.name} is not beside this checkout")
+    numbers: dict[str, Any] = json.loads(path.read_text())
+    return numbers
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 (grouped heads) with a chat tokenizer, whose distributions are neither flat nor certain."""
+    import torch
+
+    from agentrl.models.init import init_model
+    from agentrl.models.load import load_model, load_tokenizer, save_model
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    init_model(path, TEXTS, hidden=32, layers=2, heads=4)
+    model = load_model(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(12)
+    save_model(model, load_tokenizer(path), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pristine(model_dir: Path) -> Any:
+    """The model of `model_dir`, loaded once. Take `model` instead to train or change it."""
+    from agentrl.models.load import load_model
+
+    return load_model(model_dir, train=True)
+
+
+@pytest.fixture
+def model(pristine: Any) -> Any:
+    """A trainable copy of the tiny model."""
+    return copy.deepcopy(pristine)

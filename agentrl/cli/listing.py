@@ -65,19 +65,17 @@ def policies(
 
     Example:  [b]agentrl policies transformers[/b]
     """
-    from agentrl.policy import policy_names
-
     points = {point.name: point for point in entry_points(group="agentrl.policies")}
     if policy is not None:
-        if policy not in policy_names():
-            raise UnknownNameError("policy", policy, policy_names(), "agentrl policies lists all")
+        if policy not in points:
+            raise UnknownNameError("policy", policy, points, "agentrl policies lists all")
         _show_policy(points[policy])
         return
     listing = Table(title="Policies", title_justify="left", title_style="bold")
     listing.add_column("name", style="cyan", no_wrap=True)
     listing.add_column("what acts")
     listing.add_column("from", overflow="fold", style="dim")
-    for name in policy_names():
+    for name in sorted(points):
         listing.add_row(name, Text(_summary(points[name])), points[name].value.partition(":")[0])
     console.print(listing)
     console.print("Options of one: [b]agentrl policies NAME[/b]")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich.text import Text
 
 from agentrl.cli.common import EnvArg, Threads, assignments, console, errors, step_progress, table
-from agentrl.errors import UserError
+from agentrl.errors import DataError, UserError
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -84,8 +85,8 @@ def sft(
     except ValueError as error:
         raise UserError(f"--history: {error}") from None
     check_model_output(out)
-    on_error = "skip" if skip_broken else "raise"
-    episodes = [episode for path in data for episode in read_jsonl(path, on_error=on_error)]  # type: ignore[arg-type]
+    on_error: Literal["skip", "raise"] = "skip" if skip_broken else "raise"
+    episodes = [t for path in data for t in read_jsonl(path, on_error=on_error, on_skip=_show_skipped)]
     episodes = [t for t in episodes if t.scorable and t.turns and (t.success or not only_success)]
     if not episodes:
         what = "no successful episode" if only_success else "no finished episode"
@@ -107,6 +108,10 @@ def sft(
             on_step=on_step,
         )
     console.print(table("Fine-tuned", result.items()))
+
+
+def _show_skipped(error: DataError) -> None:
+    errors.print(Text(f"skipped {error}", style="yellow"), soft_wrap=True)
 
 
 def check_model_output(out: Path) -> None:

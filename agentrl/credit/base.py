@@ -63,15 +63,17 @@ class CreditMethod:
 
 EpisodeEstimator = Literal["grpo", "rloo", "dr_grpo"]
 
+EPS = 1e-6
+"""Added to standard deviations (algorithms.md 0.4), in the unit of what is divided."""
 
-def zscore(values: Tensor, owner: Tensor, size: int, *, ddof: int = 1, eps: float = 0.0, floor: float = 0.0) -> Tensor:
-    """Returns float64 (x - mean)/(std + eps) inside each segment; 0 where the std is not above `floor`.
+
+def zscore(values: Tensor, owner: Tensor, size: int, *, ddof: int = 1, eps: float = EPS) -> Tensor:
+    """Returns float64 (x - mean)/(std + eps) inside each segment.
 
     Segments of one, and segments without variance, give 0 (algorithms.md 0.4: a raw reward never leaks through).
     """
     mean = segment_mean(values, owner, size)[owner]
-    std = segment_std(values, owner, size, ddof)[owner]
-    return torch.where(std > floor, (values.double() - mean) / (std + eps).clamp(min=1e-300), 0.0)
+    return (values.double() - mean) / (segment_std(values, owner, size, ddof)[owner] + eps)
 
 
 def leave_one_out(values: Tensor, owner: Tensor, size: int) -> Tensor:
@@ -89,7 +91,7 @@ def episode_advantage(index: Index, outcome: Tensor, estimator: EpisodeEstimator
     acting = index.tokens_per_traj > 0
     owner, size, values = index.group_of_traj[acting], index.G, outcome.double()[acting]
     if estimator == "grpo":
-        advantage = zscore(values, owner, size, ddof=ddof, eps=1e-6)
+        advantage = zscore(values, owner, size, ddof=ddof)
     elif estimator == "rloo":
         advantage = leave_one_out(values, owner, size)
     else:

@@ -156,6 +156,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes weights (safetensors) and tokenizer into `folder`, without the library's progress bar of one shard."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def fingerprint(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
     """Returns a short hash of the weights: 16 hex digits.
 

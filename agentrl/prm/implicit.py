@@ -95,7 +95,7 @@ class ImplicitPRM:
         reward = self.config.beta * (before - reference)
         pairs = PairTensors.of(preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 0)))
         metrics = self._health(batch, reward, before, pairs)
-        metrics |= self._learn(batch, outcome, policy, replay, iteration)
+        metrics |= self._learn(batch, policy, replay, iteration)
         if self.config.order == "update_then_score" and metrics["prm_steps"]:
             reward = self.config.beta * (self._scores(batch, centre) - reference)
             metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
@@ -154,13 +154,10 @@ class ImplicitPRM:
         total = self.config.beta * segment_sum(log_ratio, index.traj_of_token, index.N)
         return total / index.turns_per_traj.clamp(min=1) if self.config.score == "mean" else total
 
-    def _learn(
-        self, batch: Batch, outcome: Tensor, policy: Any, replay: Sequence[Trajectory], iteration: int
-    ) -> dict[str, float]:
+    def _learn(self, batch: Batch, policy: Any, replay: Sequence[Trajectory], iteration: int) -> dict[str, float]:
         """All optimiser steps of an iteration, on the new batch and what is replayed."""
         if replay:
             batch = build_batch([*batch.trajectories, *replay], device=batch.device)
-            outcome = torch.tensor([t.outcome for t in batch.trajectories])
         pairs = preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 1))
         groups = batch.index.group_of_traj
         mixed = sorted({int(groups[pair.winner]) for pair in pairs})
@@ -170,7 +167,7 @@ class ImplicitPRM:
         random = np.random.default_rng(self._draw(iteration, 2))
         held = set(random.permutation(mixed)[: round(self.config.holdout * len(mixed))].tolist())
         trained = [group for group in mixed if group not in held]
-        best = math.inf
+        best = self._held_out_loss(batch, pairs, held, policy) if held and trained else math.inf
         for _ in range(self.config.updates if trained else 0):
             chosen = set(trained)
             if (limit := self.config.groups_per_update) is not None and limit < len(trained):
@@ -194,7 +191,7 @@ class ImplicitPRM:
         centre = self._centre(part, policy)
         log_ratio = self._scores(part, centre) - self._reference_scores(part, policy, centre)
         scores = self.trajectory_scores(part.index, log_ratio)
-        return float(pair_loss(scores, PairTensors.of(sub), self.config.loss, _outcome_of(part).double()))
+        return float(pair_loss(scores, PairTensors.of(sub), self.config.loss, _outcome_of(part)))
 
     def _centre(self, batch: Batch, policy: Any) -> Centre | None:
         if not self.config.centred:
@@ -271,7 +268,7 @@ class ImplicitPRM:
 
 
 def _outcome_of(batch: Batch) -> Tensor:
-    return torch.tensor([t.outcome for t in batch.trajectories])
+    return torch.tensor([t.outcome for t in batch.trajectories], dtype=torch.float64)
 
 
 def _restrict(batch: Batch, pairs: list[Any], groups: set[int]) -> tuple[Batch, list[Any]]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from agentrl.errors import DataError, UserError
+from agentrl.models.load import write_model
 
 _NAME = re.compile(r"iteration-(\d{6})")
 
@@ -61,8 +62,7 @@ def write_checkpoint(folder: Path, iteration: int, models: dict[str, tuple[Any, 
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         for name, (model, tokenizer) in models.items():
-            model.save_pretrained(fresh / name)
-            tokenizer.save_pretrained(fresh / name)
+            write_model(model, tokenizer, fresh / name)
         buffer.save(fresh / "buffer")
         (fresh / "state.json").write_text(json.dumps({"iteration": iteration}) + "\n")
         # Written last: a directory with a state is a complete one.

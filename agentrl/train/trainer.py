@@ -104,7 +104,8 @@ class Trainer:
         if resume and found:
             self._restore(found[-1])
         self.log = MetricsLog(self.run_dir, config.log.tensorboard)
-        self.log.truncate_after(self.iteration)
+        # A run killed before its first checkpoint starts afresh: its evaluation of iteration 0 is written again.
+        self.log.truncate_after(self.iteration if self.iteration else -1)
         dump_config(config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.txt").write_text(batch_plan(config) + "\n")
 

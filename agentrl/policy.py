@@ -82,7 +82,10 @@ class Policy(abc.ABC):
         """
 
     def release(self, episode: str) -> None:
-        """Frees what is kept for `episode` (KV cache). Called once when the episode ends, in whatever way."""
+        """Frees what is kept for `episode` (KV cache). Called once when the episode ends, in whatever way.
+
+        It may come while `act` is still running, after a deadline even for an episode of that very call.
+        """
 
     async def aclose(self) -> None:
         """Ends the policy: servers stopped, memory freed."""

@@ -51,11 +51,19 @@ class ExactValues:
 
     def prepare(self, boards: Sequence[str]) -> None:
         """Computes the values of the levels of `boards` in one batch."""
-        layouts = {read_board(board)[0].static: read_board(board)[0] for board in boards}
-        states = {
-            static: [(p, b) for b in sorted(layout.floor) for p in sorted(layout.floor) if p != b]
-            for static, layout in layouts.items()
-        }
+        layouts, states = {}, {}
+        for board in boards:
+            layout, player, boxes = read_board(board)
+            layouts[layout.static] = layout
+            found = states.setdefault(layout.static, {})
+            frontier = [(player, min(boxes))]
+            while frontier:
+                state = frontier.pop()
+                if state in found:
+                    continue
+                found[state] = None
+                if state[1] not in layout.targets:
+                    frontier += [_after(layout, state, name) for name in MOVES]
         probability = self._policy([(layouts[s], *state) for s in layouts for state in states[s]])
         start = 0
         for static, layout in layouts.items():
@@ -65,9 +73,9 @@ class ExactValues:
             after, solved = np.empty((len(number), 4), dtype=np.int64), np.zeros((len(number), 4), dtype=bool)
             for (player, box), i in number.items():
                 for a, name in enumerate(MOVES):
-                    new_player, new_boxes = move(layout, player, frozenset([box]), layout.deltas[name])
-                    after[i, a] = number[new_player, min(new_boxes)]
-                    solved[i, a] = new_boxes == layout.targets
+                    state = (player, box) if box in layout.targets else _after(layout, (player, box), name)
+                    after[i, a] = number[state]
+                    solved[i, a] = state[1] in layout.targets
             values, quality = [np.zeros(len(number))], [np.zeros((len(number), 4))]
             stay = 1 - pi.sum(1)
             for _ in range(self.horizon):
@@ -102,6 +110,11 @@ class ExactValues:
         logp = score(self.model, batch, budget=32768, temperature=self.temperature).logprob
         total = torch.zeros(batch.index.M, dtype=torch.float64).index_add_(0, batch.index.turn_of_token, logp.double())
         return total.exp().view(-1, len(MOVES)).numpy()
+
+
+def _after(layout: Any, state: tuple[int, int], action: str) -> tuple[int, int]:
+    player, boxes = move(layout, state[0], frozenset([state[1]]), layout.deltas[action])
+    return player, min(boxes)
 
 
 def boards_of(trajectory: Trajectory, first: str) -> list[str]:

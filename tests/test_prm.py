@@ -104,7 +104,7 @@ def test_two_passes_give_the_gradient_of_plain_autograd_for_every_micro_batch(mo
             perturbed(model, 0), initial, budget=budget, temperature=temperature, beta=0.3, reference=reference, **settings
         )
         _, metrics = step(prm, made, policy)
-        assert metrics["prm_loss"] == pytest.approx(float(expected), rel=1e-5)
+        assert metrics["prm_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
         assert difference(flat_gradient(prm.model), theirs) < 1e-6
 
 
@@ -187,6 +187,14 @@ def test_parameters_rest_where_no_group_has_a_pair(model, outcome):
     assert torch.equal(before, flat_parameters(prm.model))
     assert reward.abs().max() < 1e-5
     assert (metrics["pairs"], metrics["prm_steps"], prm.updates) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("made", [[], [trajectory("a", "g", 1.0, [turn([1], [])]), trajectory("b", "g", 0.0, [])]])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_batch_without_action_tokens_has_no_rewards(model, made, centred):
+    reward, metrics = step(make(perturbed(model, 0), model, centred=centred), made, model)
+    assert reward.shape == (0,)
+    assert metrics["pairs"] == 0
 
 
 def test_the_prm_learns_to_order_its_pairs_and_leaves_policy_and_reference_alone(model):

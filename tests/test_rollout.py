@@ -19,8 +19,9 @@ import agentrl
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv, register
 from agentrl.errors import UnknownNameError, UserError
-from agentrl.policy import FunctionPolicy, Policy, PolicyAction, Sampling
+from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, Sampling
 from agentrl.rollout import Collector, Task, collect, score
+from agentrl.rollout.batcher import Batcher, Clock
 from agentrl.rollout.seeds import action_seed, episode_seed, mix
 from agentrl.rollout.values import jsonable, stored_info
 from agentrl.types import StopReason, TextPart, Trajectory, Turn, group_trajectories
@@ -228,8 +229,6 @@ def test_seconds_are_accounted_for():
 
 
 def test_environment_time_under_the_policy_is_not_counted():
-    from agentrl.rollout.batcher import Clock
-
     clock = Clock()
     clock.inline(2.0, clock.started)
     clock.policy_call(+1)
@@ -274,6 +273,41 @@ def test_batches_are_canonical_and_reproduce(concurrency, thread):
             assert batch == sorted(batch)
         assert policy.most == 1
     assert runs[0] == runs[1]
+
+
+def test_a_batch_departs_when_nobody_is_about_to_arrive_and_in_canonical_order():
+    policy = Recorder()
+
+    def request(episode):
+        return PolicyRequest(episode=episode, turn=0, observation="", messages=())
+
+    async def loop_goes_round():
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def main():
+        batcher = Batcher(policy, 60.0, Clock())
+        for _ in range(4):
+            batcher.arriving()
+        answers = [batcher.submit((1, 0), request("c")), batcher.submit((0, 1), request("b"))]
+        await loop_goes_round()
+        assert policy.batches == []
+        batcher.away()  # the third went into a slow environment call
+        await loop_goes_round()
+        assert policy.batches == []
+        answers.append(batcher.submit((0, 0), request("a")))
+        await asyncio.gather(*answers)
+        assert policy.batches == [[("a", 0), ("b", 0), ("c", 0)]]
+        answers = [batcher.submit((0, 0), request("a")), batcher.submit((0, 1), request("b"))]
+        batcher.away()
+        batcher.arriving()  # came back in the very moment in which the batch would have left
+        await loop_goes_round()
+        assert len(policy.batches) == 1
+        batcher.away()  # the last one ended
+        await asyncio.gather(*answers)
+        assert policy.batches[1] == [("a", 0), ("b", 0)]
+
+    asyncio.run(main())
 
 
 def test_results_do_not_depend_on_the_executor():

@@ -337,30 +337,47 @@ def test_what_cannot_be_sent_to_a_process_is_said():
         play(fine(), "FaultsLocal-v0", executor="process")
 
 
-ORPHAN = """
-import sys
+PARENT = """
+import signal, sys
 sys.path.insert(0, {folder!r})
 from test_rollout_faults import *
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     def shout(request):
         print(request.info.get("pid", 0), flush=True)
         return "up"
-    play([trouble("sleep", "step")], policy=FunctionPolicy(shout), executor="process", workers=1)
+    try:
+        play([trouble("sleep", "step")], policy=FunctionPolicy(shout), executor={executor!r}, workers=1)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
 """
+
+
+def hanging_parent(tmp_path, executor):
+    """Starts a script whose environment hangs in turn 1. Returns it and the process the environment runs in."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(folder=str(Path(__file__).parent), executor=executor))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    return parent, next(int(line) for line in parent.stdout if int(line))
 
 
 @needs_proc
 def test_no_worker_outlives_a_killed_parent(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(ORPHAN.format(folder=str(Path(__file__).parent)))
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    try:
-        worker = next(int(line) for line in parent.stdout if int(line))
-        assert not gone(worker)
-    finally:
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        parent.stdout.close()
+    parent, worker = hanging_parent(tmp_path, "process")
+    assert not gone(worker)
+    parent.kill()
+    parent.communicate()
+    wait_until_gone(worker)
+
+
+@needs_proc
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_ctrl_c_ends_a_hanging_collection(tmp_path, executor):
+    parent, worker = hanging_parent(tmp_path, executor)
+    parent.send_signal(signal.SIGINT)
+    output, _ = parent.communicate(timeout=30)
+    assert output == "interrupted\n"
+    assert parent.returncode == 0
     wait_until_gone(worker)
 
 
@@ -532,4 +549,4 @@ def test_failures_are_logged_once_in_full_and_then_briefly(caplog):
     brief = [record for record in caplog.records if record.levelno == logging.INFO]
     assert (len(full), len(brief)) == (1, 3)
     assert "dragon" in caplog.text
-    assert full[0].exc_info
+    assert "ValueError" in repr(full[0].exc_info)

@@ -11,8 +11,10 @@ row goes through variable-length flash attention. Both are exact: a token never 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +61,7 @@ class PackedSequences:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        if _varlen is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if _has_varlen(query):
             return self._attend_varlen(query, key, value, scale)
         parts = []
         for start, count, length in self.runs():
@@ -71,13 +73,18 @@ class PackedSequences:
     def _attend_varlen(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        lengths = torch.tensor(self.lengths, device=query.device, dtype=torch.int32)
-        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        if key.shape[1] != query.shape[1]:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        longest = max(self.lengths)
-        assert _varlen is not None
-        return _varlen(query, key, value, ends, ends, longest, longest, scale=scale, **_CAUSAL)
+        if not _GROUPED:
+            key, value = _repeat_heads(query, key, value)
+        ends, longest = _ends(self.lengths, query.device), max(self.lengths)
+        out: torch.Tensor = _varlen(query, key, value, ends, ends, longest, longest, scale=scale, **_CAUSAL, **_GROUPED)
+        return out
+
+
+@lru_cache(maxsize=16)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(n + 1,) int32: where each sequence begins, and the end of the last. Cached: every layer asks for the same."""
+    ends = torch.tensor((0, *lengths), dtype=torch.int64).cumsum(0)
+    return ends.to(device, torch.int32)
 
 
 def sdpa(
@@ -91,21 +98,35 @@ def sdpa(
 ) -> torch.Tensor:
     """Scaled dot-product attention of (B, heads, L, D) with fewer key heads than query heads allowed."""
     if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if query.shape[2] == 1 and not causal:
+            # One new token: the heads that share a key head stand where its queries would. Nothing is copied.
+            grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+            return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape_as(query)
+        key, value = _repeat_heads(query, key, value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-def _load_varlen() -> tuple[Any, dict[str, Any]]:
+def _repeat_heads(query: torch.Tensor, *stores: torch.Tensor) -> list[torch.Tensor]:
+    """Repeats the heads (dimension 1) of keys and values until there are as many as the query has."""
+    return [x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in stores]
+
+
+def _load_varlen() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns variable-length flash attention (torch >= 2.10), its causal option and its option for grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None, {}
+        return None, {}, {}
     parameters = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    return varlen_attn, causal
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    return varlen_attn, causal, {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
 
-_varlen, _CAUSAL = _load_varlen()
+_varlen, _CAUSAL, _GROUPED = _load_varlen()
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    return _varlen is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _attention(
@@ -128,12 +149,26 @@ def _attention(
         if kwargs.get(option) is not None:
             raise ModelError(f"{type(module).__name__} uses {option}, which ragged attention does not support yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast, norms and rotary positions have promoted queries and keys to float32: back to the values' precision.
+    rows = (x[0].to(value.dtype).transpose(0, 1) for x in (query, key, value))
     return ragged.attend(module.layer_idx, *rows, scale).unsqueeze(0), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def precision(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which the passes of `model` run: autocast if it has a `compute_dtype`, else nothing.
+
+    A model that trains in bfloat16 keeps float32 weights: steps of 1e-6 would be lost in bfloat16 ones. `run_ragged` and
+    `lm_logits` enter the context themselves; who calls them many times enters it once around all, so that the weights
+    are cast once. Weights must not change inside.
+    """
+    dtype = getattr(model, "compute_dtype", None)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(model.get_input_embeddings().weight.device.type, dtype=dtype)
 
 
 def run_ragged(model: Any, ids: torch.Tensor, positions: torch.Tensor, plan: RaggedPlan) -> torch.Tensor:
@@ -150,19 +185,21 @@ def run_ragged(model: Any, ids: torch.Tensor, positions: torch.Tensor, plan: Rag
     """
     # A ready-made 4-D mask makes the library skip building one; the plan is the mask.
     no_mask = ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-    output = model.base_model(
-        input_ids=ids.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        attention_mask=no_mask,
-        use_cache=False,
-        ragged=plan,
-    )
+    with precision(model):
+        output = model.base_model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=no_mask,
+            use_cache=False,
+            ragged=plan,
+        )
     return output.last_hidden_state[0]
 
 
 def lm_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Returns (K, V) float32 logits of hidden states (K, H), with the scalings some architectures apply after the head."""
-    logits = model.get_output_embeddings()(hidden).float()
+    with precision(model):
+        logits = model.get_output_embeddings()(hidden).float()
     config = model.config
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
@@ -187,7 +224,9 @@ def check_ragged(model: Any) -> None:
     ids = torch.arange(7, device=device) * 13 % vocab
     positions = torch.tensor([0, 1, 2, 0, 1, 2, 3], device=device)
     ragged = lm_logits(model, run_ragged(model, ids, positions, PackedSequences((3, 4))))
-    plain = torch.cat([model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (ids[:3], ids[3:])])
+    with precision(model):
+        parts = [model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in (ids[:3], ids[3:])]
+    plain = torch.cat(parts)
     # Relative: an untrained model's logits are a hundred times smaller than a trained one's.
     tolerance = (1e-3 if ragged.dtype == plain.dtype else 0.05) * plain.abs().max().item()
     error = (ragged - plain.float()).abs().max().item()

@@ -138,12 +138,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     stale = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
-        with _no_progress_bars():
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-        mode = (fresh / "config.json").stat().st_mode
-        for weights in fresh.glob("*.safetensors"):  # the library writes them readable by their owner alone
-            weights.chmod(mode)
+        write_model(model, tokenizer, fresh)
         if target.exists():
             target.rename(stale)
         fresh.rename(target)
@@ -156,18 +151,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes weights (safetensors) and tokenizer into `folder`, without the library's progress bar of one shard."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights (safetensors) and tokenizer into the new folder `folder`, not atomically (see `save_model`)."""
+    with _no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    mode = (folder / "config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):  # the library writes them readable by their owner alone
+        weights.chmod(mode)
 
 
 def fingerprint(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:

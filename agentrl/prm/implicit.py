@@ -95,7 +95,10 @@ class ImplicitPRM:
         reward = self.config.beta * (before - reference)
         pairs = PairTensors.of(preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 0)))
         metrics = self._health(batch, reward, before, pairs)
-        metrics |= self._learn(batch, policy, replay, iteration)
+        if replay or self.config.holdout or self.config.groups_per_update is not None:
+            metrics |= self._learn_from_draws(batch, policy, replay, iteration)
+        else:
+            metrics |= self._learn_from_new(batch, outcome, pairs, reference, centre, before)
         if self.config.order == "update_then_score" and metrics["prm_steps"]:
             reward = self.config.beta * (self._scores(batch, centre) - reference)
             metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
@@ -104,7 +107,13 @@ class ImplicitPRM:
         return reward, metrics
 
     def update(
-        self, batch: Batch, outcome: Tensor, pairs: PairTensors, reference: Tensor, centre: Centre | None = None
+        self,
+        batch: Batch,
+        outcome: Tensor,
+        pairs: PairTensors,
+        reference: Tensor,
+        centre: Centre | None = None,
+        before: Tensor | None = None,
     ) -> dict[str, float]:
         """One exact two-pass optimiser step on `pairs` of `batch`.
 
@@ -114,12 +123,14 @@ class ImplicitPRM:
             pairs: P > 0 pairs.
             reference: (K,) the reference's s.
             centre: what to centre on, with `config.centred`.
+            before: (K,) the PRM's own s where it is known already; saves pass 1.
 
         Returns:
             loss, gradient norm, and how far the parameters moved relative to their size.
         """
         involved = sorted({*pairs.winner.tolist(), *pairs.loser.tolist()})
-        before = self._scores(batch, centre, involved)
+        if before is None:
+            before = self._scores(batch, centre, involved)
         loss, weight = self.token_weights(batch.index, outcome, pairs, before - reference)
         if not math.isfinite(loss):
             raise NonFiniteError(f"the PRM's loss is {loss}")
@@ -154,8 +165,27 @@ class ImplicitPRM:
         total = self.config.beta * segment_sum(log_ratio, index.traj_of_token, index.N)
         return total / index.turns_per_traj.clamp(min=1) if self.config.score == "mean" else total
 
-    def _learn(self, batch: Batch, policy: Any, replay: Sequence[Trajectory], iteration: int) -> dict[str, float]:
-        """All optimiser steps of an iteration, on the new batch and what is replayed."""
+    def _learn_from_new(
+        self,
+        batch: Batch,
+        outcome: Tensor,
+        pairs: PairTensors,
+        reference: Tensor,
+        centre: Centre | None,
+        before: Tensor,
+    ) -> dict[str, float]:
+        """The optimiser steps of an iteration on the new batch alone; what judged it serves the first step too."""
+        metrics = {"pairs": float(len(pairs.winner)), "prm_steps": 0.0}
+        for number in range(self.config.updates if len(pairs.winner) else 0):
+            known = before if number == 0 else None
+            metrics |= self.update(batch, outcome, pairs, reference, centre, known)
+            metrics["prm_steps"] += 1
+        return metrics
+
+    def _learn_from_draws(
+        self, batch: Batch, policy: Any, replay: Sequence[Trajectory], iteration: int
+    ) -> dict[str, float]:
+        """The optimiser steps of an iteration, each on groups drawn from the new batch and what is replayed."""
         if replay:
             batch = build_batch([*batch.trajectories, *replay], device=batch.device)
         pairs = preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 1))

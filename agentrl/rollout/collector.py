@@ -212,7 +212,8 @@ class Collector:
             log.info("played again (%s): %s", reason.value, episode.trajectory.error)
         else:
             told.add(reason)
-            log.warning("played again (%s): %s", reason.value, episode.trajectory.error, exc_info=episode.cause)
+            origin = episode.cause.__cause__ if episode.cause is not None else None
+            log.warning("played again (%s): %s", reason.value, episode.trajectory.error, exc_info=origin)
 
     def _finished(self, trajectory: Trajectory) -> None:
         trajectory.outcome, trajectory.success = score(trajectory, self.outcome)

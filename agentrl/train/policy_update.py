@@ -70,7 +70,7 @@ def update_policy(
     random = np.random.default_rng(seed)
     for epoch in range(config.epochs):
         order = random.permutation(batch.index.N)
-        for number, members in enumerate(np.array_split(order, min(config.minibatches, batch.index.N))):
+        for number, members in enumerate(np.array_split(order, max(1, min(config.minibatches, batch.index.N)))):
             first = epoch == 0 and number == 0
             _step(model, optimizer, batch, advantage, config, temperature, reference, members, log, first)
     return log.means()

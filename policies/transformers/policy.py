@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from agentrl.models.attention import check_ragged
 from agentrl.models.chat import ChatCodec
 from agentrl.models.load import fingerprint, load_model, load_tokenizer
 from agentrl.policy import ModelPolicy, PolicyAction, PolicyRequest
-from policies.transformers.sampler import Sampler, to_action
+from policies.transformers.sampler import Aborted, Sampler, to_action
 
 
 class TransformersPolicy(ModelPolicy):
@@ -65,21 +67,25 @@ class TransformersPolicy(ModelPolicy):
         self._released: deque[str] = deque()
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
-        self.sampler.abort.clear()
-        future = self._thread.submit(self._act, list(requests))
+        # Each call has its own: the next one must not clear it before the engine has noticed.
+        abort = threading.Event()
+        future = self._thread.submit(self._act, list(requests), abort)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            self.sampler.abort.set()
+            abort.set()
             raise
+        except Aborted:
+            raise PolicyFailure("the transformers policy was closed while it was sampling") from None
 
-    def _act(self, requests: list[PolicyRequest]) -> list[PolicyAction]:
+    def _act(self, requests: list[PolicyRequest], abort: threading.Event) -> list[PolicyAction]:
+        self.sampler.abort = abort
         while self._released:
             self.sampler.release(self._released.popleft())
         for request in requests:
             if not request.context_ids:
                 raise PolicyFailure(f"episode {request.episode}: the transformers policy got no context ids")
-        answers = self.sampler.sample(requests)
+        answers = self.sampler.sample(requests, abort)
         return [to_action(self.chat, *answer, self.version) for answer in answers]
 
     def release(self, episode: str) -> None:
@@ -100,5 +106,5 @@ class TransformersPolicy(ModelPolicy):
         return fingerprint(self.model)
 
     async def aclose(self) -> None:
-        self.sampler.abort.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self.sampler.abort.set()

@@ -42,7 +42,6 @@ class Sampler:
         self.prefill_budget = prefill_budget
         self.device = str(model.get_input_embeddings().weight.device)
         self.cache = SlotCache(model.config.get_text_config().num_hidden_layers)
-        self.abort = threading.Event()
         self._slot: dict[str, int] = {}
         self._cached: dict[str, list[int]] = {}
         self._free: list[int] = []
@@ -62,15 +61,18 @@ class Sampler:
         self._cached.clear()
 
     @torch.no_grad()
-    def sample(self, requests: Sequence[PolicyRequest]) -> list[tuple[list[int], list[float], bool]]:
+    def sample(
+        self, requests: Sequence[PolicyRequest], abort: threading.Event | None = None
+    ) -> list[tuple[list[int], list[float], bool]]:
         """Returns (ids, log-probs, stopped) per request, in order; `stopped` is False where the token limit cut in.
 
         Raises:
-            Aborted: `abort` was set.
+            Aborted: `abort` was set meanwhile.
         """
+        abort = abort or threading.Event()
         draw = _Draw(requests, self.device)
         slots = [self._slot_of(request.episode) for request in requests]
-        logits = self._prefill(requests, slots)
+        logits = self._prefill(requests, slots, abort)
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         limit = [request.sampling.max_new_tokens for request in requests]
@@ -84,7 +86,7 @@ class Sampler:
             open_ = [i for i in open_ if ids[i][-1] not in self.stop_ids and step + 1 < limit[i]]
             if not open_:
                 break
-            if self.abort.is_set():
+            if abort.is_set():
                 raise Aborted
             plan = SlotPlan(
                 self.cache, [slots[i] for i in open_], [length[i] + step for i in open_], [1] * len(open_), self.device
@@ -102,7 +104,7 @@ class Sampler:
             self._slot[episode] = self._free.pop() if self._free else len(self._slot)
         return self._slot[episode]
 
-    def _prefill(self, requests: Sequence[PolicyRequest], slots: list[int]) -> Tensor:
+    def _prefill(self, requests: Sequence[PolicyRequest], slots: list[int], abort: threading.Event) -> Tensor:
         """Reads every request's new context tokens; returns the logits (n, V) after each last one."""
         past, new = [], []
         for request in requests:
@@ -116,7 +118,7 @@ class Sampler:
         out: Tensor | None = None
         start = 0
         while start < len(order):
-            if self.abort.is_set():
+            if abort.is_set():
                 raise Aborted
             stop, size = start, 0
             while stop < len(order) and (stop == start or size + len(new[order[stop]]) <= self.prefill_budget):

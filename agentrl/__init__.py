@@ -40,11 +40,11 @@ _LAZY = {
     "load_config": "agentrl.config",
     "collect": "agentrl.rollout",
     "TrajectoryBuffer": "agentrl.buffer",
-    "train": "agentrl.train",
     "Trainer": "agentrl.train",
-    "sft": "agentrl.train",
-    "evaluate": "agentrl.evaluate",
+    "sft": "agentrl.train.sft",
 }
+_PACKAGES = ("evaluate", "train")
+"""Packages that can be called: their names are also those of the functions they are about."""
 
 if TYPE_CHECKING:
     from agentrl.buffer import TrajectoryBuffer as TrajectoryBuffer
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from agentrl.policy import register_policy as register_policy
     from agentrl.rollout import collect as collect
     from agentrl.train import Trainer as Trainer
-    from agentrl.train import sft as sft
     from agentrl.train import train as train
+    from agentrl.train.sft import sft as sft
 
 __all__ = [
     "ActionError",
@@ -81,10 +81,13 @@ __all__ = [
     "UnknownNameError",
     "UserError",
     *_LAZY,
+    *_PACKAGES,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"agentrl.{name}")
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of known shapes, paired timing, peak memory, a device's measured peak, the print-out."""
+"""What the benchmarks share: models, paired timing, peak memory, the measured peak of a device, the print-out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import ctypes
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from agentrl.models.attention import NAME
+from agentrl.models.attention import NAME, precision
 from agentrl.models.init import PRESETS
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -77,6 +76,35 @@ def attention(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def generate(
+    model: Any, contexts: Sequence[list[int]], limit: int, *, stop: Collection[int], pad: int, temperature: float
+) -> list[list[int]]:
+    """`model.generate` on left-padded contexts; returns what it added to each, up to its stop token."""
+    longest = max(map(len, contexts))
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[pad] * (longest - len(c)) + c for c in contexts], device=device)
+    mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with attention(model, "sdpa"), precision(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            eos_token_id=sorted(stop) or None,
+            pad_token_id=pad,
+            use_cache=True,
+            **drawing,
+        )
+    return [_upto_stop(row, stop) for row in out[:, longest:].tolist()]
+
+
+def _upto_stop(ids: list[int], stop: Collection[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    return ids[: end + 1]
 
 
 def synchronise(device: str) -> None:
@@ -141,7 +169,7 @@ def _resident(field: str) -> int:
 
 
 def matmul_peak(device: str, dtype: str) -> float:
-    """Returns the floating-point operations per second of a large square matrix product: what the device can really do."""
+    """Returns the floating-point operations per second of a large matrix product: what the device can really do."""
     size = 8192 if torch.device(device).type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     best = float("inf")
@@ -167,10 +195,6 @@ def surroundings(device: str) -> dict[str, Any]:
     }
 
 
-def median(seconds: Sequence[float]) -> float:
-    return statistics.median(seconds)
-
-
 def show(title: str, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
     """Prints what was run, and where."""
     print(title)
@@ -182,7 +206,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints columns, the first to the left and the others to the right."""
     width = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, width, strict=True))))
+        print(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, width, strict=True))
+            )
+        )
 
 
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:

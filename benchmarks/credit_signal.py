@@ -7,8 +7,10 @@ so that its value function is a small dynamic program: pi(a|s) for every state o
     A_h(s, a) = Q_h(s, a) - V_h(s)                                       h = turns left, a's own turn included
 
 Every turn of a training batch then has its true advantage under the policy that played it. Printed for each iteration
-and at the end as means over iterations: Spearman rank correlation with the truth of the step term A^S, the episode term
-A^E and their sum; and how often the sign is right on decisive turns (|A| > 0.1).
+and at the end as means over iterations: Spearman rank correlation with the truth of the step reward, the episode term
+A^E and A^E + alpha A^S; the same against the solver's judgement of the move; the share of the truth's variance that
+each explains linearly (r2), and the weight alpha with which both together explain most; and how often the sign is right
+on decisive turns (|A| > 0.1).
 
     python benchmarks/credit_signal.py configs/sokoban_oprl.yaml iterations=20 prm.centred=true
     python benchmarks/credit_signal.py configs/sokoban_oprl.yaml credit.options.alpha=0 --json signal.json
@@ -101,9 +103,7 @@ class ExactValues:
             text = name_cells(layout, player, boxes) if self.cells else draw_board(layout, player, boxes)
             prompt = self.chat.start(self.instructions, text)
             turns += [
-                Turn.model_construct(
-                    prompt_ids=prompt, action_ids=ids, action_logprobs=[0.0] * len(ids), new_row=True
-                )
+                Turn.model_construct(prompt_ids=prompt, action_ids=ids, action_logprobs=[0.0] * len(ids), new_row=True)
                 for ids in actions
             ]
         batch = build_batch([Trajectory.model_construct(id="states", group_id="states", turns=turns)])
@@ -132,6 +132,22 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     if min(r.std() for r in ranks) == 0:
         return 0.0
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def explained(truth: np.ndarray, *signals: np.ndarray) -> float:
+    """Share of the truth's variance that the best linear combination of `signals` explains."""
+    design = np.stack([*signals, np.ones(len(truth))], axis=1)
+    residual = truth - design @ np.linalg.lstsq(design, truth, rcond=None)[0]
+    return float(1 - residual.var() / truth.var()) if truth.var() > 0 else 0.0
+
+
+def best_alpha(truth: np.ndarray, episode: np.ndarray, step: np.ndarray) -> float:
+    """Weight of the standardised step reward against the standardised episode term in the best linear combination."""
+    if min(episode.std(), step.std()) == 0:
+        return 0.0
+    design = np.stack([x / x.std() for x in (episode, step)] + [np.ones(len(truth))], axis=1)
+    first, second, _ = np.linalg.lstsq(design, truth, rcond=None)[0]
+    return float(second / first) if first > 0 else float("inf")
 
 
 class Probe(Trainer):
@@ -171,6 +187,10 @@ class Probe(Trainer):
             "sum": spearman(episode + step, a),
             "step_solver": spearman(reward[alive], d[alive]),
             "episode_solver": spearman(episode[alive], d[alive]),
+            "r2_step": explained(a, reward),
+            "r2_episode": explained(a, episode),
+            "r2_both": explained(a, episode, reward),
+            "best_alpha": best_alpha(a, episode, reward),
             "sign_step": float((np.sign(step - step.mean())[decisive] == np.sign(a)[decisive]).mean()),
             "sign_episode": float((np.sign(episode)[decisive] == np.sign(a)[decisive]).mean()),
             "sign_sum": float((np.sign(episode + step)[decisive] == np.sign(a)[decisive]).mean()),

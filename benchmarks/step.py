@@ -24,8 +24,8 @@ for a forward pass, three times with its backward; MFU is their share of a large
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from common import (
     SHAPES,
     attention,
+    generate,
     make_model,
     matmul_peak,
-    median,
     paired,
     show,
     surroundings,
@@ -46,8 +46,8 @@ from common import (
 
 from agentrl.batch import Batch, build_batch, score
 from agentrl.batch.index import Index
-from agentrl.config.schema import PairConfig, PolicyUpdateConfig, PRMConfig
 from agentrl.buffer.pairs import preference_pairs
+from agentrl.config.schema import PairConfig, PolicyUpdateConfig, PRMConfig
 from agentrl.models.attention import precision
 from agentrl.policy import PolicyRequest, Sampling
 from agentrl.prm import ImplicitPRM
@@ -195,8 +195,7 @@ class Padded:
             for context, observed in zip(contexts, task.observations, strict=True):
                 context += observed[t]
             limits = task.limits[:, t].tolist()
-            with attention(task.model, "sdpa"), precision(task.model):
-                rows = generate(task.model, contexts, max(limits), stop=[], pad=0, temperature=1.0)
+            rows = generate(task.model, contexts, max(limits), stop=[], pad=0, temperature=1.0)
             for context, ids, limit in zip(contexts, rows, limits, strict=True):
                 context += ids[:limit]
 
@@ -223,7 +222,10 @@ class Padded:
     def _collate(self) -> None:
         task = self.task
         rows = [[i for turn in t.turns for i in (*turn.prompt_ids, *turn.action_ids)] for t in task.trajectories]
-        acts = [[a for turn in t.turns for a in [0] * len(turn.prompt_ids) + [1] * len(turn.action_ids)] for t in task.trajectories]
+        acts = [
+            [a for turn in t.turns for a in [0] * len(turn.prompt_ids) + [1] * len(turn.action_ids)]
+            for t in task.trajectories
+        ]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -263,34 +265,6 @@ class Padded:
             loss(self._logprobs(*inputs), k).backward()
         torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), clip)
         optimizer.step()
-
-
-def generate(
-    model: Any, contexts: Sequence[list[int]], limit: int, *, stop: Sequence[int], pad: int, temperature: float
-) -> list[list[int]]:
-    """`model.generate` on left-padded contexts; returns what it added to each, without the padding after a stop."""
-    longest = max(map(len, contexts))
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([[pad] * (longest - len(c)) + c for c in contexts], device=device)
-    mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=device)
-    drawing: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=limit,
-        eos_token_id=list(stop) or None,
-        pad_token_id=pad,
-        use_cache=True,
-        **drawing,
-    )
-    return [upto_stop(row, stop) for row in out[:, longest:].tolist()]
-
-
-def upto_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-    return ids[: end + 1]
 
 
 def compare(task: Task, ours: Ours, padded: Padded) -> dict[str, float]:
@@ -343,14 +317,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         counted = actions if name == "sampling" else sum(lengths)
         row: dict[str, Any] = {}
         for side, (seconds, memory) in both.items():
-            typical = median(seconds)
+            typical = statistics.median(seconds)
             row[side] = {
                 "seconds": typical,
                 "tokens_per_second": counted / typical,
                 "mfu": passes * task.flops() / typical / peak,
                 "peak_mb": memory,
             }
-        row["ratio"] = median([p / o for o, p in zip(both["ours"][0], both["padded"][0], strict=True)])
+        row["ratio"] = statistics.median([p / o for o, p in zip(both["ours"][0], both["padded"][0], strict=True)])
         phases[name] = row
     total = {side: sum(row[side]["seconds"] for row in phases.values()) for side in ("ours", "padded")}
     result = {
@@ -391,7 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of passes; weights: float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of passes; weights: float32"
+    )
     parser.add_argument("--trajectories", type=int, default=32, help=f"a multiple of {GROUP}")
     parser.add_argument("--action-tokens", type=int, help="mean length of an action (4; 32 for the large shapes)")
     parser.add_argument("--budget", type=int, default=16384, help="tokens of one forward pass, padding included")

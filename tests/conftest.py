@@ -62,3 +62,27 @@ def pristine(model_dir: Path) -> Any:
 def model(pristine: Any) -> Any:
     """A trainable copy of the tiny model."""
     return copy.deepcopy(pristine)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that plays `toys.SOKOBAN` like its teacher: some levels are solved, others are not."""
+    from toys import SOKOBAN, clone, make_model
+
+    from agentrl.config import EnvConfig
+    from agentrl.policy import load_policy
+
+    env, folder = EnvConfig(**SOKOBAN), tmp_path_factory.mktemp("sokoban")
+    teacher = load_policy("sokoban-noisy-solver", skill=0.5)
+    return clone(make_model(folder / "random", env), folder / "warm", env, teacher, history="window(0)")
+
+
+@pytest.fixture(scope="session")
+def hesitant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that says words at random in ``Echo-v0``."""
+    from toys import clone, make_model, parrot
+
+    from agentrl.config import EnvConfig
+
+    env, folder = EnvConfig(id="Echo-v0"), tmp_path_factory.mktemp("echo")
+    return clone(make_model(folder / "random", env), folder / "hesitant", env, parrot(0.0), episodes=1000)

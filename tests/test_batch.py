@@ -253,7 +253,9 @@ def test_what_is_read_but_not_scored_may_be_anything_the_agent_did_not_see(model
     made = episodes(6)
     noisy = []
     for t in made:
-        steps = [s.model_copy(update={"observation": "junk", "reward": float("nan"), "info": {"x": 1}}) for s in t.turns]
+        steps = [
+            s.model_copy(update={"observation": "junk", "reward": float("nan"), "info": {"x": 1}}) for s in t.turns
+        ]
         steps.append(turn([7, 7, 7], []))
         noisy.append(t.model_copy(update={"turns": steps, "final_observation": "junk", "outcome": float("nan")}))
     torch.testing.assert_close(

@@ -169,7 +169,10 @@ def test_train_refuses_before_it_loads_anything(tmp_path: Path) -> None:
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "metrics.jsonl").write_text("")
     refused(run("train", "run.yaml"), "'runs/x' already holds a run", "--resume", "--overwrite", "--out")
-    refused(run("train", "run.yaml", "run_dir=/dev/null/x"), "cannot write to /dev/null/x")
+    refused(run("train", "run.yaml", "run_dir=runs/y"), "model.path is empty")
+    refused(run("train", "run.yaml", "run_dir=runs/y", "env.id=Sokobn-v0"), "did you mean 'Sokoban-v0'?")
+    refused(run("train", "run.yaml", "run_dir=runs/y", "env.eval_kwargs.splt=test"), "'splt'")
+    assert not (tmp_path / "runs" / "y").exists()
 
 
 def test_other_exceptions_keep_their_traceback(policies: None) -> None:
@@ -261,6 +264,7 @@ def test_train_resume_and_overwrite(base: Path, tmp_path: Path) -> None:
         "checkpoint": {"every": 1},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    refused(run("train", "run.yaml", "run_dir=/dev/null/x"), "cannot write to /dev/null/x")
     result = run("train", "run.yaml", "credit.method=grpo")
     assert result.exit_code == 0, result.output
     assert "2 groups x 2 = 4 episodes" in plain(result.output)

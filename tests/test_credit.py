@@ -99,9 +99,7 @@ def test_adding_a_constant_to_a_groups_outcomes_changes_nothing(name, options, s
 @pytest.mark.parametrize(("name", "options"), METHODS)
 def test_both_layouts_have_the_same_advantages(name, options):
     made = episodes(11)
-    assert torch.equal(
-        run(name, options, signals_of(made)).token, run(name, options, signals_of(per_turn(made))).token
-    )
+    assert torch.equal(run(name, options, signals_of(made)).token, run(name, options, signals_of(per_turn(made))).token)
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
@@ -282,7 +280,7 @@ def test_unknown_methods_and_options_are_refused_with_the_nearest_name():
     assert {"grpo", "rloo", "oprl"} <= set(credit_names())
     with pytest.raises(UnknownNameError, match="no credit method 'oprll'; did you mean 'oprl'"):
         load_credit("oprll", {})
-    with pytest.raises(ConfigError, match="'alfa'.*did you mean 'alpha'"):
+    with pytest.raises(ConfigError, match=r"'alfa'.*did you mean 'alpha'"):
         load_credit("oprl", {"alfa": 1})
     with pytest.raises(ConfigError, match=r"credit.options.alpha=-1"):
         load_credit("oprl", {"alpha": -1})

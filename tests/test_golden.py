@@ -62,11 +62,14 @@ class Case:
         self.names = list(inputs["trajectories"])
         self.trajectories, prm, old = [], [], []
         for name, entry in inputs["trajectories"].items():
-            steps = [turn([9], range(len(t["logp_old"])), t["logp_old"], new_row=not i) for i, t in enumerate(entry["turns"])]
+            steps = [
+                turn([9], range(len(t["logp_old"])), t["logp_old"], new_row=not i) for i, t in enumerate(entry["turns"])
+            ]
             self.trajectories.append(trajectory(name, entry["group"], entry["outcome"], steps))
             prm += [x for t in entry["turns"] for x in t["logp_prm"]]
             old += [x for t in entry["turns"] for x in t["logp_old"]]
-        self.index = build_batch(self.trajectories).index
+        self.batch = build_batch(self.trajectories)
+        self.index = self.batch.index
         self.outcome = torch.tensor([t.outcome for t in self.trajectories], dtype=torch.float64)
         self.log_ratio = torch.tensor(prm, dtype=torch.float64) - torch.tensor(old, dtype=torch.float64)
         self.pairs = preference_pairs(self.trajectories)
@@ -97,7 +100,7 @@ def test_step_rewards(case, expected):
 
 @pytest.mark.parametrize(("score", "key"), [("sum", "traj_score_sum"), ("mean", "traj_score_mean_over_turns")])
 def test_trajectory_scores(case, expected, score, key):
-    close(case.prm(score=score).trajectory_scores(case.index, case.log_ratio), list(expected[key].values()))
+    close(case.prm(score=score).trajectory_scores(case.batch, case.log_ratio), list(expected[key].values()))
 
 
 def test_pairs(case, expected):
@@ -108,13 +111,13 @@ def test_pairs(case, expected):
 def test_pair_loss_and_its_slope(case, expected, score, prefix):
     """The slope reaches each token times beta, and 1/T with the mean over turns."""
     prm, pairs = case.prm(score=score), PairTensors.of(case.pairs)
-    scores = prm.trajectory_scores(case.index, case.log_ratio).requires_grad_(True)
+    scores = prm.trajectory_scores(case.batch, case.log_ratio).requires_grad_(True)
     loss = pair_loss(scores, pairs)
     loss.backward()
     slope = list(expected[f"{prefix}_prm_dloss_dscore"].values())
     close(loss.detach(), expected[f"{prefix}_prm_loss"])
     close(scores.grad, slope)
-    two_pass_loss, weight = prm.token_weights(case.index, case.outcome, pairs, case.log_ratio)
+    two_pass_loss, weight = prm.token_weights(case.batch, case.outcome, pairs, case.log_ratio)
     close(two_pass_loss, expected[f"{prefix}_prm_loss"])
     share = torch.tensor(slope, dtype=torch.float64)
     if score == "mean":
@@ -123,7 +126,7 @@ def test_pair_loss_and_its_slope(case, expected, score, prefix):
 
 
 def test_pair_accuracy(case, expected):
-    scores = case.prm().trajectory_scores(case.index, case.log_ratio)
+    scores = case.prm().trajectory_scores(case.batch, case.log_ratio)
     assert pair_accuracy(scores, PairTensors.of(case.pairs)) == expected["prm_pair_accuracy_sum"]
 
 

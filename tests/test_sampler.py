@@ -161,9 +161,9 @@ def toy():
     return model
 
 
-def toy_logits(model):
+def toy_logits(model, context=CONTEXT):
     with torch.no_grad():
-        return model(input_ids=torch.tensor([CONTEXT])).logits[0, -1].double()
+        return model(input_ids=torch.tensor([context])).logits[0, -1].double()
 
 
 def kept_distribution(logits, temperature, top_k, top_p):
@@ -213,6 +213,25 @@ def test_tokens_are_drawn_from_the_truncated_distribution_and_carry_its_log_prob
         assert float(p_value) > 1e-3
     else:
         assert float(statistic) == 0
+
+
+def test_the_tokens_of_one_action_are_drawn_independently(toy):
+    """Chi-square over the 16 pairs of two tokens, each one of the four likeliest in its own context."""
+    first = kept_distribution(toy_logits(toy), 2.0, 4, 1.0)
+    expected = torch.zeros(16, 16, dtype=torch.float64)
+    for token in first.nonzero()[:, 0].tolist():
+        expected[token] = first[token] * kept_distribution(toy_logits(toy, [*CONTEXT, token]), 2.0, 4, 1.0)
+    sampler = Sampler(toy, frozenset())
+    counts = torch.zeros(16, 16, dtype=torch.float64)
+    sampling = Sampling(temperature=2.0, top_k=4, max_new_tokens=2)
+    for start in range(0, 4000, 500):
+        for ids, _, _ in sampler.sample([request(i, CONTEXT, seed=start + i, sampling=sampling) for i in range(500)]):
+            counts[tuple(ids)] += 1
+    possible = expected > 0
+    assert int(possible.sum()) == 16
+    assert torch.all(counts[~possible] == 0)
+    statistic = ((counts - 4000 * expected)[possible] ** 2 / (4000 * expected[possible])).sum()
+    assert float(torch.special.gammaincc(torch.tensor(15 / 2.0).double(), statistic / 2)) > 1e-3
 
 
 def test_truncation_settings_differ_on_the_toy(toy):
@@ -309,7 +328,7 @@ def test_a_context_that_was_rewritten_is_read_from_where_it_changed(policy, mode
     contexts = [[20, 21, 22, *c] for c in random_contexts(8, 8)]
     act(policy, requests_of(contexts))
     before = policy.sampler.prefilled_tokens
-    rewritten = [c[:3] + [290 + i % 3, 33, 34] for i, c in enumerate(contexts)]
+    rewritten = [[*c[:3], 290 + i % 3, 33, 34] for i, c in enumerate(contexts)]
     answers = act(policy, requests_of(rewritten, turn=1))
     shared = [
         next((k for k, (x, y) in enumerate(zip(old, new, strict=False)) if x != y), min(len(old), len(new)))
@@ -347,6 +366,22 @@ def test_released_slots_are_used_again_and_leave_nothing_behind(policy, model_di
     assert policy.sampler.cache.slots == slots
     policy.release("never seen")
     act(policy, [request("last", [5])])
+
+
+def test_a_slot_given_back_is_taken_by_one_episode_only_and_its_old_one_starts_anew(policy, model_dir):
+    contexts = dict(zip("abcd", random_contexts(16, 4), strict=True))
+
+    def ask(engine, *names):
+        return [a.ids for a in act(engine, [request(name, contexts[name], seed=ord(name)) for name in names])]
+
+    ask(policy, "a", "b", "c")
+    policy.release("a")
+    ask(policy, "d")
+    for name in contexts:
+        contexts[name] = [*contexts[name], 9, 8, 7]
+    before = policy.sampler.prefilled_tokens
+    assert ask(policy, "a", "b", "c", "d") == ask(TransformersPolicy(str(model_dir)), "a", "b", "c", "d")
+    assert policy.sampler.prefilled_tokens - before == len(contexts["a"]) + 3 * 3
 
 
 def test_without_release_every_episode_keeps_its_own_slot(policy):
@@ -405,7 +440,7 @@ def test_weights_of_another_model_are_refused(policy):
 
 @pytest.mark.parametrize("context", [None, []])
 def test_a_request_without_context_ids_is_the_policys_failure_and_names_the_episode(policy, context):
-    with pytest.raises(PolicyFailure, match="episode lost: .*no context ids"):
+    with pytest.raises(PolicyFailure, match=r"episode lost: .*no context ids"):
         act(policy, [request("found", [5, 6]), request("lost", context)])
     (answer,) = act(policy, [request("found", [5, 6])])
     assert answer.ids
@@ -479,3 +514,7 @@ def test_closing_aborts_what_is_under_way(policy):
 
     asyncio.run(scenario())
     assert gate.calls <= 3
+
+
+def test_closing_a_policy_that_never_acted_is_no_error(policy):
+    asyncio.run(policy.aclose())

@@ -1,6 +1,6 @@
 """Three index vectors instead of two layouts.
 
-An agent's batch is ragged: groups have trajectories, trajectories have turns, turns have action tokens. It stays ragged:
+An agent's batch is ragged: groups have trajectories, trajectories have turns, turns have action tokens. It stays so:
 
     turn_of_token (K,)     traj_of_turn (M,)     group_of_traj (N,)        only action tokens are listed
 
@@ -84,7 +84,7 @@ def segment_sum(values: Tensor, owner: Tensor, size: int) -> Tensor:
 def segment_mean(values: Tensor, owner: Tensor, size: int) -> Tensor:
     """Returns (size,) float64 means; 0 where an owner has no entry. The mean of equal values is exactly that value."""
     values = values.double()
-    # Summed from each segment's smallest value: 0.1 + 0.1 + 0.1 is not 0.3, and a group without variance would have one.
+    # Summed from each segment's smallest value: 0.1 + 0.1 + 0.1 is not 0.3, and equal values would have a variance.
     low = torch.zeros(size, dtype=torch.float64).scatter_reduce(0, owner, values, "amin", include_self=False)
     return low + segment_sum(values - low[owner], owner, size) / count(owner, size).clamp(min=1)
 

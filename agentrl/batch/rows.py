@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,12 +70,12 @@ class Batch:
 
         A single row above the budget gets a micro-batch of its own: rows are never cut.
         """
-        keep: set[int] | None = None
-        if trajectories is None:
-            chosen = range(len(self.rows))
-        else:
-            chosen = sorted({row for traj in trajectories for row in self._traj_rows[traj]})
-            keep = set(trajectories)
+        chosen = list(range(len(self.rows)))
+        keep: list[bool] | None = None
+        members = set(range(self.index.N) if trajectories is None else trajectories)
+        if len(members) < self.index.N:
+            chosen = sorted({row for traj in members for row in self._traj_rows[traj]})
+            keep = [traj in members for traj in self.index.traj_of_token.tolist()]
         order = sorted(chosen, key=lambda row: len(self.rows[row]))
         parts: list[list[int]] = []
         size = 0
@@ -87,16 +88,19 @@ class Batch:
             size += length
         return [self._microbatch(part, keep) for part in parts]
 
-    def _microbatch(self, rows: list[int], keep: set[int] | None) -> MicroBatch:
-        traj_of_token = self.index.traj_of_token
+    def _microbatch(self, rows: list[int], keep: list[bool] | None) -> MicroBatch:
+        """Lays `rows` end to end; `keep` says which of the K action tokens are scored."""
         lengths = tuple(len(self.rows[row]) for row in rows)
-        predict_at, target, tokens, slot = [], [], [], []
+        predict_at: list[int] = []
+        target: list[int] = []
+        tokens: list[int] = []
+        slot: list[int] = []
         offset = 0
         for row in rows:
             ids = self.rows[row]
             for column, owners in self.tokens_of_row[row]:
                 if keep is not None:
-                    owners = [k for k in owners if int(traj_of_token[k]) in keep]
+                    owners = [k for k in owners if keep[k]]
                     if not owners:
                         continue
                 slot.extend([len(target)] * len(owners))
@@ -104,10 +108,10 @@ class Batch:
                 predict_at.append(offset + column - 1)
                 target.append(ids[column])
             offset += len(ids)
-        to = {"device": self.device}
+        to: dict[str, Any] = {"device": self.device}
         return MicroBatch(
             ids=torch.tensor([i for row in rows for i in self.rows[row]], **to),
-            positions=torch.cat([torch.arange(length, **to) for length in lengths]),
+            positions=torch.cat([torch.arange(length) for length in lengths]).to(self.device),
             plan=PackedSequences(lengths),
             predict_at=torch.tensor(predict_at, dtype=torch.int64, **to),
             target=torch.tensor(target, dtype=torch.int64, **to),

@@ -13,12 +13,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from agentrl.batch.rows import Batch, MicroBatch
-from agentrl.models.attention import lm_logits, run_ragged
+from agentrl.models.attention import lm_logits, precision, run_ragged
 
 Tensor = torch.Tensor
 
 LOGIT_BUDGET = 1 << 24
-"""Largest number of logits held at once (64 MiB in float32)."""
+"""Largest number of logits held at once on a CPU (64 MiB in float32)."""
+GPU_LOGIT_BUDGET = 1 << 28
+"""The same on a GPU (1 GiB): every chunk reads the whole LM head, so that small ones would wait for memory."""
 
 
 class Centre(NamedTuple):
@@ -41,17 +43,29 @@ class TokenScores(NamedTuple):
 
 
 def _head(
-    model: Any, hidden: Tensor, target: Tensor, temperature: float, want_entropy: bool, centre: Any, around: Tensor | None
+    model: Any,
+    hidden: Tensor,
+    target: Tensor,
+    temperature: float,
+    want_entropy: bool,
+    entropy_gradient: bool,
+    centre: Any,
+    around: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    logp = torch.log_softmax(lm_logits(model, hidden) / temperature, dim=-1)
+    logp = torch.log_softmax(_tempered(lm_logits(model, hidden), temperature), dim=-1)
     out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
     if want_entropy:
-        out.append(-(logp.exp() * logp).sum(-1))
+        spread = logp if entropy_gradient else logp.detach()
+        out.append(-(spread.exp() * spread).sum(-1))
     if around is not None:
         with torch.no_grad():
-            p = torch.softmax(lm_logits(centre, around) / temperature, dim=-1)
+            p = torch.softmax(_tempered(lm_logits(centre, around), temperature), dim=-1)
         out.append(out[0] - (p * logp).sum(-1))
     return tuple(out)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def score_microbatch(
@@ -60,13 +74,29 @@ def score_microbatch(
     *,
     temperature: float = 1.0,
     want_entropy: bool = False,
+    entropy_gradient: bool = True,
     centre: Centre | None = None,
 ) -> TokenScores:
-    """Scores the tokens of one micro-batch, in the order of `micro.tokens` (j,), with gradient if it is enabled."""
+    """Scores the tokens of one micro-batch, in the order of `micro.tokens` (j,), with gradient if it is enabled.
+
+    Entropies that are only reported need no gradient: it would keep another (k, V) tensor.
+    """
+    with precision(model):
+        return _score_microbatch(model, micro, temperature, want_entropy, entropy_gradient, centre)
+
+
+def _score_microbatch(
+    model: Any,
+    micro: MicroBatch,
+    temperature: float,
+    want_entropy: bool,
+    entropy_gradient: bool,
+    centre: Centre | None,
+) -> TokenScores:
     hidden = run_ragged(model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
     around = None if centre is None else centre.hidden[_first_owner(micro)].to(hidden.device)
     vocab = model.get_output_embeddings().weight.shape[0]
-    chunk = max(1, LOGIT_BUDGET // vocab)
+    chunk = max(1, (GPU_LOGIT_BUDGET if hidden.is_cuda else LOGIT_BUDGET) // vocab)
     parts = []
     for start in range(0, len(hidden), chunk):
         piece = slice(start, start + chunk)
@@ -76,6 +106,7 @@ def score_microbatch(
             micro.target[piece],
             temperature,
             want_entropy,
+            entropy_gradient,
             None if centre is None else centre.model,
             None if around is None else around[piece],
         )

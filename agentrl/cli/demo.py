@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SKILL = 0.4
 """How often the demonstrator plays a best move; otherwise it moves at random. The clone inherits its indecision."""
-EVALUATION_LEVELS = 512
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -38,17 +37,21 @@ def demo(
         "runs/demo"
     ),
     demonstrations: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of the noisy solver.")] = 20_000,
+    levels: Annotated[int, typer.Option(metavar="N", min=1, help="Held-out levels that judge base and agent.")] = 512,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
 ) -> None:
     """Clone a noisy Sokoban player into a tiny language model, then train it with OPRL (about 10 minutes on 2 cores).
 
     Example:  [b]agentrl demo --out runs/demo[/b]
     """
-    from agentrl.config import load_config
+    from agentrl.config import config_sha256, load_config
+    from agentrl.train.preflight import check_task
 
     settings = load_config(config, [*(overrides or ()), f"seed={seed}"])
+    sha256 = config_sha256(settings)
     settings.run_dir, settings.model.path = str(out / "train"), str(out / "base")
-    if out.exists() and any(out.iterdir()) and not (out / "demo.txt").exists():
+    check_task(settings)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "demo.txt").exists()):
         raise UserError(f"{str(out)!r} holds something that is no demo; give another folder (--out)")
     shutil.rmtree(out, ignore_errors=True)
     check_writable(out, need_bytes=200 * 2**20)
@@ -59,8 +62,8 @@ def demo(
     console.rule("2/3  train with OPRL")
     seconds = train(settings)
     console.rule("3/3  held-out levels")
-    results = {name: played(settings, path) for name, path in (("base", "base"), ("final", "train/model"))}
-    summary = summarise(settings, results, seconds)
+    results = {name: played(settings, path, levels) for name, path in (("base", "base"), ("final", "train/model"))}
+    summary = summarise(settings, results, seconds) | {"config_sha256": sha256}
     with atomic_write(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     plot(settings, out)
@@ -121,8 +124,8 @@ def train(settings: RunConfig) -> dict[str, float]:
     return parts
 
 
-def played(settings: RunConfig, model: str) -> dict[str, EvalResult]:
-    """Plays held-out levels at the training temperature and greedily."""
+def played(settings: RunConfig, model: str, levels: int) -> dict[str, EvalResult]:
+    """Plays `levels` held-out levels at the training temperature and greedily."""
     from agentrl.evaluate import evaluate
     from agentrl.policy import Sampling, load_policy
     from agentrl.rollout import run
@@ -133,7 +136,7 @@ def played(settings: RunConfig, model: str) -> dict[str, EvalResult]:
             name: evaluate(
                 player,
                 settings.env,
-                episodes=EVALUATION_LEVELS,
+                episodes=levels,
                 seed=settings.eval.seed,
                 rollout=settings.rollout,
                 sampling=Sampling(temperature=temperature, max_new_tokens=settings.rollout.max_new_tokens),
@@ -148,9 +151,7 @@ def played(settings: RunConfig, model: str) -> dict[str, EvalResult]:
 def summarise(
     settings: RunConfig, results: dict[str, dict[str, EvalResult]], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns what ``summary.json`` holds."""
-    from agentrl.config import config_sha256
-
+    """Returns what ``summary.json`` holds beside the hash of the settings."""
     scale = 1 if sys.platform == "darwin" else 1024
     return {
         "base_success": results["base"]["sampled"].success.model_dump(),
@@ -161,7 +162,6 @@ def summarise(
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20, 1),
         "seed": settings.seed,
-        "config_sha256": config_sha256(settings),
     }
 
 
@@ -176,7 +176,8 @@ def plot(settings: RunConfig, out: Path) -> None:
 
 def report(settings: RunConfig, results: dict[str, dict[str, EvalResult]]) -> Table:
     """Returns the table that ends the demo."""
-    table = Table(title=f"{EVALUATION_LEVELS} held-out levels (95 % Wilson interval)", title_justify="left")
+    levels = results["base"]["sampled"].episodes
+    table = Table(title=f"{levels} held-out levels (95 % Wilson interval)", title_justify="left")
     for column in ("agent", f"success, sampled at T={settings.rollout.temperature:g}", "success, greedy", "turns"):
         table.add_column(column)
     for name, label in (("base", "base (cloned)"), ("final", f"after {settings.iterations} iterations")):

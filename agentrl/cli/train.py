@@ -45,15 +45,17 @@ def train(
         settings.run_dir = str(out)
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite removes it; give one of them")
-    check_folder(settings, earlier_run=resume or overwrite)
+    if not (resume or overwrite):
+        check_folder(settings)
     with errors.status("loading"):
-        from agentrl.models.load import check_model_dir
-        from agentrl.train import train as run
+        from agentrl.files import check_writable
         from agentrl.train.plan import batch_plan
+        from agentrl.train.preflight import check_run
+        from agentrl.train.trainer import train as run
 
+        check_run(settings)
         plan = batch_plan(settings)
-        if settings.model.path:
-            check_model_dir(settings.model.path)
+    check_writable(settings.run_dir)
     if overwrite:
         remove_run(settings)
     parts = [line.partition(" ") for line in plan.splitlines()]
@@ -61,26 +63,24 @@ def train(
     resolved = Path(settings.run_dir) / "config.yaml"
     console.print(table(f"Plan of run {settings.name!r}", [*rows, ("config", resolved)]))
     result = run(settings, resume=resume)
-    console.print(table("Stopped" if result.get("interrupted") else "Trained", _rows(result, settings)))
-    if result.get("interrupted"):
+    stopped = result["iteration"] < settings.iterations
+    console.print(table("Stopped" if stopped else "Trained", _rows(result, settings)))
+    if stopped:
         console.print("Go on with the same command and [b]--resume[/b].")
 
 
-def check_folder(settings: RunConfig, *, earlier_run: bool) -> None:
-    """Checks that the run's folder can be written and, unless `earlier_run` is wanted, holds no run.
+def check_folder(settings: RunConfig) -> None:
+    """Checks that the run's folder holds no run.
 
     Raises:
-        UserError: it is not writable, or holds a run.
+        UserError: it does.
     """
-    from agentrl.files import check_writable
-
     folder = Path(settings.run_dir)
-    if not earlier_run and any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
+    if any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
         raise UserError(
             f"{str(folder)!r} already holds a run; go on with it (--resume), remove it (--overwrite), "
             "or choose another folder (--out DIR)"
         )
-    check_writable(folder)
 
 
 def remove_run(settings: RunConfig) -> None:

@@ -22,6 +22,7 @@ class EnvConfig(Section):
     """Which environment, and how it is run."""
 
     id: str = "Sokoban-v0"
+    """Id (``agentrl envs`` lists all), or ``module:Id-v0`` to import `module` first."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment while training."""
     eval_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -42,8 +43,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward passes. Master weights stay float32."""
     device: str = "cpu"
+    """Torch device, e.g. ``cuda`` or ``cuda:1``."""
     threads: int | None = Field(default=None, ge=1)
-    """Torch threads on a CPU; None takes the cores this process may use."""
+    """Torch threads on a CPU; None leaves torch's own choice."""
 
 
 class RolloutConfig(Section):
@@ -58,8 +60,11 @@ class RolloutConfig(Section):
     history: str = "full"
     """What the model sees of the past: ``full``, or ``window(k)``: the last k turns before the current observation."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of the sampling, and of every log-prob that training compares with it."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Kept probability mass. A training run takes 1 only."""
     top_k: int = Field(default=0, ge=0)
+    """Kept tokens, 0 = all. A training run takes 0 only."""
     max_new_tokens: int = Field(default=16, ge=1)
     """Token limit of one turn."""
     max_context_tokens: int = Field(default=2048, ge=8)
@@ -71,8 +76,11 @@ class RolloutConfig(Section):
     workers: int = Field(default=16, ge=1)
     """Threads or processes for environment steps."""
     step_deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds for one `reset` or `step` of the environment."""
     policy_deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds for one call of the policy, which answers a whole batch."""
     episode_deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds for a whole episode."""
     retries: int = Field(default=2, ge=0)
     """How often an episode that an infrastructure failure ended is played again."""
 
@@ -106,16 +114,19 @@ class BufferConfig(Section):
     """What the trajectory buffer keeps."""
 
     keep_iterations: int = Field(default=1, ge=1)
+    """Iterations kept in memory and in checkpoints, for `prm.replay_iterations`."""
     write_trajectories: bool = True
-    """Write every iteration's trajectories to ``trajectories/``, so that a run can be re-scored or re-trained offline."""
+    """Write every iteration's trajectories to ``trajectories/``, to re-score or re-train from them offline."""
 
 
 class PairConfig(Section):
     """Preference pairs inside a group (algorithms.md 1.3)."""
 
     mode: Literal["all", "best_worst", "one_to_one", "margin"] = "all"
+    """``all``: every winner with every loser. ``best_worst``: one pair per group, the widest gap. ``one_to_one``: a
+    random matching. ``margin``: as ``all``, where outcomes differ by more than `margin`."""
     margin: float = Field(default=0.0, ge=0)
-    """``margin``: smallest gap of outcomes that makes a pair."""
+    """``margin``: outcomes must differ by more than this."""
     graded: bool = False
     """False: successes against failures. True: any two different outcomes."""
     match_length: int | None = Field(default=None, ge=0)
@@ -132,19 +143,29 @@ class PRMConfig(Section):
     beta: float = Field(default=0.05, gt=0)
     """Scale of the implicit reward, in reward per nat."""
     lr: float = Field(default=1e-6, gt=0)
+    """Learning rate (AdamW, constant)."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """As ``policy_update.adam_eps``."""
     grad_clip: float = Field(default=10.0, gt=0)
+    """Largest gradient norm."""
     loss: Literal["dpo", "ipo"] = "dpo"
     """``dpo``: -log sigmoid of the score gap (paper Eq. 2). ``ipo``: squared distance of the gap to the outcome gap."""
     score: Literal["sum", "mean"] = "sum"
     """Trajectory score: sum of turn rewards (paper), or their mean (free of length)."""
     centred: bool = False
     """Subtract each token reward's expectation under the behaviour policy (remedy 1 of 1.12)."""
+    min_probability: float = Field(default=0.0, ge=0, lt=1)
+    """Tokens to which the behaviour policy gave less than this carry no process reward: nothing was learned about them,
+    and a contrastive loss moves probability to just such tokens. 0 = all carry it (paper)."""
     reference: Literal["behaviour", "frozen", "rebase"] = "behaviour"
     """``behaviour``: the policy that played the batch (paper). ``frozen``: the initial policy. ``rebase``: frozen, but
     moved (with the PRM) to the current policy every `rebase_every` iterations."""
     rebase_every: int = Field(default=10, ge=1)
+    """Iterations from one ``rebase`` to the next."""
     order: Literal["update_then_score", "score_then_update"] = "update_then_score"
+    """Whether the PRM rewards a batch after or before it has learned from it (algorithms.md 1.4)."""
     updates: int = Field(default=1, ge=1)
     """PRM optimiser steps per iteration."""
     groups_per_update: int | None = Field(default=None, ge=1)
@@ -170,35 +191,56 @@ class CreditConfig(Section):
     """The credit method, by name, and its own options (``agentrl.credit``)."""
 
     method: str = "oprl"
+    """``grpo``, ``oprl``, ``rloo``, or one that `agentrl.credit.register_credit` added."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the method; unknown ones are refused."""
 
 
 class PolicyUpdateConfig(Section):
     """The clipped policy update (algorithms.md 7)."""
 
     lr: float = Field(default=1e-6, gt=0)
+    """Largest learning rate (AdamW)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; ``linear`` and ``cosine`` fall to a tenth of `lr` at the end of the run."""
     warmup_iterations: int = Field(default=0, ge=0)
+    """Iterations in which the learning rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Floor of Adam's denominator. Rows of the LM head for tokens that are never sampled get tiny gradients, all of one
+    sign; without a floor above these, Adam moves them at full speed and probability leaks to garbage. For networks far
+    below a million parameters 1e-5 is right; large ones have smaller gradients and need a smaller floor."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
     epochs: int = Field(default=1, ge=1)
+    """Passes over each iteration's batch."""
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps per epoch; whole trajectories are dealt out to them."""
     ratio: Literal["token", "turn", "turn_mean"] = "token"
     """Importance ratio per token (verl), product over the turn (OPRL Eq. 6), or its geometric mean (GSPO-like)."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The importance ratio is clipped at 1 - this ..."""
     clip_high: float = Field(default=0.2, gt=0)
+    """... and at 1 + this."""
     dual_clip: float | None = Field(default=3.0, gt=1)
+    """Where an advantage A is negative, a token's loss is at most -A times this; None = no such limit."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "turn-mean"
     ] = "token-mean"
+    """How token losses become one loss (algorithms.md 7.2)."""
     aggregation_length: int = Field(default=1024, ge=1)
     """Constant of ``seq-mean-token-sum-norm``, in tokens."""
+    invalid_action_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted from the advantage of turns whose text was no action (``info["valid_action"]`` is False)."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the KL to the initial policy in the loss; 0 needs no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With x = lp_new - lp_initial: x, x^2 / 2, or exp(-x) + x - 1 (algorithms.md 7.3)."""
     entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus in the loss."""
     tokens_per_microbatch: int = Field(default=16384, ge=16)
     """Token budget of one forward-backward pass: memory, never the result."""
 
@@ -207,31 +249,44 @@ class EvalConfig(Section):
     """Held-out evaluation."""
 
     every: int = Field(default=10, ge=0)
-    """Iterations between evaluations; 0 = only when asked."""
+    """Iterations between evaluations, the untrained and the final policy included; 0 = none."""
     episodes: int = Field(default=256, ge=1)
+    """Held-out tasks, one episode each."""
     seed: int = 1_000_000
+    """Of the first held-out task; the next has seed + 1."""
     temperature: float | None = Field(default=None, ge=0)
     """None: the rollout's temperature; 0 = greedy."""
 
 
 class CheckpointConfig(Section):
+    """States that a run can be resumed from."""
+
     every: int = Field(default=10, ge=1)
     """Iterations between checkpoints. The last iteration always writes one."""
     keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
 
 
 class LogConfig(Section):
+    """What is shown and written beside ``metrics.jsonl``."""
+
     tensorboard: bool = True
+    """Scalars to ``tensorboard/`` in the run's folder, where TensorBoard is installed."""
     progress: bool = True
+    """A progress bar and a line per iteration on standard error."""
 
 
 class RunConfig(Section):
     """A training run."""
 
     name: str = "run"
+    """For titles."""
     run_dir: str = "runs/run"
+    """Folder of the run: settings, metrics, trajectories, checkpoints, model."""
     seed: int = 0
+    """Of tasks, actions, mini-batches and pair matching. Held-out tasks have `eval.seed`."""
     iterations: int = Field(default=100, ge=1)
+    """Times to collect, judge and update."""
     env: EnvConfig = Field(default_factory=EnvConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -249,9 +304,9 @@ class RunConfig(Section):
     def _combinations(self) -> RunConfig:
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             raise ValueError(
-                f"rollout.top_p={self.rollout.top_p} / rollout.top_k={self.rollout.top_k} while training: the log-probs "
-                "sampled from are renormalised over the kept tokens, the trainer's are not, and every importance ratio "
-                "would be wrong; train with top_p=1, top_k=0 (evaluation may truncate)"
+                f"rollout.top_p={self.rollout.top_p} / rollout.top_k={self.rollout.top_k} while training: the "
+                "log-probs sampled from are renormalised over the kept tokens, the trainer's are not, and every "
+                "importance ratio would be wrong; train with top_p=1, top_k=0 (evaluation may truncate)"
             )
         if self.rollout.group_size == 1 and self.credit.method in ("grpo", "rloo", "oprl"):
             raise ValueError(

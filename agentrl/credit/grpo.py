@@ -16,6 +16,7 @@ class GRPOOptions(Options):
     scale: bool = True
     """Divide by the group's standard deviation."""
     ddof: int = 1
+    """Of that standard deviation: 1 divides by n - 1."""
 
 
 def grpo(signals: Signals, options: GRPOOptions) -> Advantage:

@@ -42,9 +42,15 @@ class OPRLOptions(Options):
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the step advantage."""
     episode: EpisodeEstimator = "grpo"
-    step_norm: Literal["zscore", "centre", "loo_step", "loo_trajectory", "rank"] = "zscore"
-    """Eq. 4, or without the std, leave-one-step-out, leave-one-trajectory-out, or normal scores of the ranks."""
+    """A^E by z-score (``grpo``), leave-one-out (``rloo``) or centring alone (``dr_grpo``)."""
+    step_norm: Literal["zscore", "scale", "centre", "loo_step", "loo_trajectory", "rank"] = "zscore"
+    """Eq. 4; or divided by the root mean square and not centred (right for rewards the PRM has centred already); or
+    without the std, leave-one-step-out, leave-one-trajectory-out, or normal scores of the ranks."""
+    step_pool: Literal["group", "batch"] = "group"
+    """Whose turns make the pool R_s. ``batch``: one scale for all groups, so that noise is not blown up where the PRM
+    sees no difference."""
     ddof: int = 1
+    """Of the standard deviations of both terms: 1 divides by n - 1."""
     std_floor: float = Field(default=1e-6, ge=0)
     """Reward units: spread of a group's step rewards below which A^S is 0."""
     clip: float | None = Field(default=None, gt=0)
@@ -60,32 +66,35 @@ class OPRLOptions(Options):
 
 
 def step_advantage(index: Index, step_reward: Tensor, options: OPRLOptions) -> Tensor:
-    """Returns A^S (M,) float64 from step rewards (M,), normalised over each group's pool of turns."""
+    """Returns A^S (M,) float64 from step rewards (M,), normalised over the pool of turns of `options.step_pool`."""
     acting = index.tokens_per_turn > 0
-    owner, values = index.group_of_turn[acting], step_reward.double()[acting]
-    spread = segment_std(values, owner, index.G)[owner]
+    pool = index.group_of_turn if options.step_pool == "group" else torch.zeros_like(index.group_of_turn)
+    owner, values = pool[acting], step_reward.double()[acting]
+    size = int(pool.max()) + 1 if len(pool) else 0
+    spread = segment_std(values, owner, size)[owner]
     if options.step_norm == "zscore":
-        normal = zscore(values, owner, index.G, ddof=options.ddof)
+        normal = zscore(values, owner, size, ddof=options.ddof)
+    elif options.step_norm == "scale":
+        normal = values / segment_mean(values**2, owner, size).sqrt()[owner].clamp(min=1e-300)
     elif options.step_norm == "centre":
-        normal = values - segment_mean(values, owner, index.G)[owner]
+        normal = values - segment_mean(values, owner, size)[owner]
     elif options.step_norm == "loo_step":
-        normal = leave_one_out(values, owner, index.G)
+        normal = leave_one_out(values, owner, size)
     elif options.step_norm == "loo_trajectory":
-        normal = _leave_trajectory_out(index, values, acting)
+        normal = _leave_trajectory_out(values, owner, index.traj_of_turn[acting])
     else:
-        normal = _normal_scores(values, owner, index.G)
+        normal = _normal_scores(values, owner, size)
     normal = torch.where(spread > options.std_floor, normal, 0.0)
     if options.clip is not None:
         normal = normal.clamp(-options.clip, options.clip)
     return torch.zeros(index.M, dtype=torch.float64).masked_scatter(acting, normal)
 
 
-def _leave_trajectory_out(index: Index, values: Tensor, acting: Tensor) -> Tensor:
-    """Step reward minus the mean over the turns of the group's *other* trajectories; 0 where there are none."""
-    traj = index.traj_of_turn[acting]
-    owner = index.group_of_turn[acting]
-    others = count(owner, index.G)[owner] - count(traj, index.N)[traj]
-    total = segment_sum(values, owner, index.G)[owner] - segment_sum(values, traj, index.N)[traj]
+def _leave_trajectory_out(values: Tensor, owner: Tensor, traj: Tensor) -> Tensor:
+    """Step reward minus the mean over the turns of the pool's *other* trajectories; 0 where there are none."""
+    pools, trajs = int(owner.max()) + 1 if len(owner) else 0, int(traj.max()) + 1 if len(traj) else 0
+    others = count(owner, pools)[owner] - count(traj, trajs)[traj]
+    total = segment_sum(values, owner, pools)[owner] - segment_sum(values, traj, trajs)[traj]
     return torch.where(others > 0, values - total / others.clamp(min=1), 0.0)
 
 

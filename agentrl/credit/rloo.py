@@ -1,6 +1,8 @@
 """RLOO (arXiv 2402.14740): the outcome minus the mean outcome of the group's other trajectories.
 
-    A_i = R_i - mean_{j != i} R_j = n/(n-1) (R_i - mean_g R)        groups of one give 0
+    A_i = R_i - mean_{j != i} R_j = n/(n-1) (R_i - mean_g R)
+
+Groups of one give 0.
 """
 
 from __future__ import annotations

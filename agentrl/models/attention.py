@@ -63,16 +63,15 @@ class PackedSequences:
     ) -> torch.Tensor:
         if _has_varlen(query):
             return self._attend_varlen(query, key, value, scale)
-        parts = []
-        for start, count, length in self.runs():
-            tokens = slice(start, start + count * length)
-            q, k, v = (x[tokens].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        runs, parts = self.runs(), []
+        # Split, not sliced: the gradient of a slice is as large as the whole row.
+        pieces = (x.split([count * length for _, count, length in runs]) for x in (query, key, value))
+        for (_, count, length), *inputs in zip(runs, *pieces, strict=True):
+            q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in inputs)
             parts.append(sdpa(q, k, v, scale, causal=True).transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def _attend_varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         if not _GROUPED:
             key, value = _repeat_heads(query, key, value)
         ends, longest = _ends(self.lengths, query.device), max(self.lengths)

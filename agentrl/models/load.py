@@ -83,7 +83,8 @@ def load_model(
 
     Args:
         path: directory or hub name.
-        dtype: of all weights.
+        dtype: precision of forward and backward passes. Weights that take gradients stay float32 all the same and the
+            passes run under autocast (`agentrl.models.attention.precision`); those for acting only are of this type.
         device: e.g. ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         train: whether the weights take gradients.
         attn_implementation: name in transformers' attention registry.
@@ -109,7 +110,7 @@ def load_model(
     with _loading("model", path, directory):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory or str(path),
-            dtype=getattr(torch, dtype),
+            dtype=torch.float32 if train else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
@@ -120,6 +121,8 @@ def load_model(
             f"random, e.g. {absent[0]!r}; is config.json the one that these weights were saved with?"
         )
     ready: PreTrainedModel = model.to(device).eval().requires_grad_(train)
+    if train and dtype != "float32":
+        ready.compute_dtype = getattr(torch, dtype)
     return ready
 
 

@@ -4,7 +4,7 @@ A causal LM phi whose log-ratio to a reference is a reward for every token, trai
 
     Q_i = beta sum_k w_k (s_phi[k] - s_ref[k])            w = 1 (`score: sum`) or 1/T_i (`score: mean`)
 
-order the pairs of a group by outcome. `s` is the log-prob, or with `centred` the log-prob minus its expectation under
+order the pairs of a group by outcome (w = 0 below `min_probability`). `s` is the log-prob, or with `centred` the log-prob minus its expectation under
 the policy that acts: then the expected reward of every turn is zero, and length alone moves nothing (the plain form
 gives every turn -beta KL <= 0 on average, so that longer means lower).
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from agentrl.batch import Batch, Centre, build_batch, hidden_states, score, score_microbatch
-from agentrl.batch.index import Index, segment_sum
+from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PRMConfig
 from agentrl.errors import NonFiniteError
@@ -70,7 +70,10 @@ class ImplicitPRM:
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        config = self.config
+        return torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
 
     def step(
         self, batch: Batch, outcome: Tensor, policy: Any, replay: Sequence[Trajectory], iteration: int
@@ -92,7 +95,7 @@ class ImplicitPRM:
         centre = self._centre(batch, policy)
         reference = self._reference_scores(batch, policy, centre)
         before = self._scores(batch, centre)
-        reward = self.config.beta * (before - reference)
+        reward = self._reward(batch, before - reference)
         pairs = PairTensors.of(preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 0)))
         metrics = self._health(batch, reward, before, pairs)
         if replay or self.config.holdout or self.config.groups_per_update is not None:
@@ -100,7 +103,7 @@ class ImplicitPRM:
         else:
             metrics |= self._learn_from_new(batch, outcome, pairs, reference, centre, before)
         if self.config.order == "update_then_score" and metrics["prm_steps"]:
-            reward = self.config.beta * (self._scores(batch, centre) - reference)
+            reward = self._reward(batch, self._scores(batch, centre) - reference)
             metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
         if not torch.isfinite(reward).all():
             raise NonFiniteError("the PRM's rewards are not finite")
@@ -131,7 +134,7 @@ class ImplicitPRM:
         involved = sorted({*pairs.winner.tolist(), *pairs.loser.tolist()})
         if before is None:
             before = self._scores(batch, centre, involved)
-        loss, weight = self.token_weights(batch.index, outcome, pairs, before - reference)
+        loss, weight = self.token_weights(batch, outcome, pairs, before - reference)
         if not math.isfinite(loss):
             raise NonFiniteError(f"the PRM's loss is {loss}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,19 +153,21 @@ class ImplicitPRM:
         return {"prm_loss": loss, "prm_grad_norm": grad_norm, "prm_moved": float(moved)}
 
     def token_weights(
-        self, index: Index, outcome: Tensor, pairs: PairTensors, log_ratio: Tensor
+        self, batch: Batch, outcome: Tensor, pairs: PairTensors, log_ratio: Tensor
     ) -> tuple[float, Tensor]:
         """Returns the loss and its derivative with respect to each token's s_phi, (K,) float64 (algorithms.md 1.7)."""
-        scores = self.trajectory_scores(index, log_ratio).requires_grad_(True)
+        index = batch.index
+        scores = self.trajectory_scores(batch, log_ratio).requires_grad_(True)
         loss = pair_loss(scores, pairs, self.config.loss, outcome.double())
         (slope,) = torch.autograd.grad(loss, scores)
         if self.config.score == "mean":
             slope = slope / index.turns_per_traj.clamp(min=1)
-        return float(loss.detach()), self.config.beta * slope[index.traj_of_token]
+        return float(loss.detach()), self.config.beta * torch.where(self._known(batch), slope[index.traj_of_token], 0.0)
 
-    def trajectory_scores(self, index: Index, log_ratio: Tensor) -> Tensor:
+    def trajectory_scores(self, batch: Batch, log_ratio: Tensor) -> Tensor:
         """Returns Q (N,) float64 from log-ratios (K,)."""
-        total = self.config.beta * segment_sum(log_ratio, index.traj_of_token, index.N)
+        index = batch.index
+        total = segment_sum(self._reward(batch, log_ratio), index.traj_of_token, index.N)
         return total / index.turns_per_traj.clamp(min=1) if self.config.score == "mean" else total
 
     def _learn_from_new(
@@ -220,7 +225,7 @@ class ImplicitPRM:
         part, sub = _restrict(batch, pairs, held)
         centre = self._centre(part, policy)
         log_ratio = self._scores(part, centre) - self._reference_scores(part, policy, centre)
-        scores = self.trajectory_scores(part.index, log_ratio)
+        scores = self.trajectory_scores(part, log_ratio)
         return float(pair_loss(scores, PairTensors.of(sub), self.config.loss, _outcome_of(part)))
 
     def _centre(self, batch: Batch, policy: Any) -> Centre | None:
@@ -246,6 +251,16 @@ class ImplicitPRM:
                 trajectories=trajectories,
             )
         )
+
+    def _known(self, batch: Batch) -> Tensor:
+        """(K,) bool: tokens likely enough under the policy that sampled them for the PRM to know anything of them."""
+        if self.config.min_probability == 0:
+            return torch.ones(batch.index.K, dtype=torch.bool)
+        return batch.behaviour >= math.log(self.config.min_probability)
+
+    def _reward(self, batch: Batch, log_ratio: Tensor) -> Tensor:
+        """(K,) process rewards from log-ratios."""
+        return self.config.beta * torch.where(self._known(batch), log_ratio, 0.0)
 
     def _pick(self, scores: Any) -> Tensor:
         return scores.centred if self.config.centred else scores.logprob

@@ -8,7 +8,7 @@
         state.json       the iteration, for people
 
 A directory is written under a temporary name and renamed when it is complete: a kill at any moment leaves either the
-old checkpoint or the new one.
+old checkpoint or the new one, and the next write removes what it left behind.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ import torch
 from agentrl.errors import DataError, UserError
 from agentrl.models.load import write_model
 
-_NAME = re.compile(r"iteration-(\d{6})")
+_PREFIX = "iteration-"
+_NAME = re.compile(_PREFIX + r"\d{6,}")
 
 
 def checkpoint_path(folder: Path, iteration: int) -> Path:
     """Where the checkpoint after `iteration` finished iterations lies."""
-    return folder / f"iteration-{iteration:06d}"
+    return folder / f"{_PREFIX}{iteration:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.pt").exists())
+    complete = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.pt").exists()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def write_checkpoint(folder: Path, iteration: int, models: dict[str, tuple[Any, Any]], state: dict[str, Any],
-                     buffer: Any, keep: int) -> Path:
+def write_checkpoint(
+    folder: Path, iteration: int, models: dict[str, tuple[Any, Any]], state: dict[str, Any], buffer: Any, keep: int
+) -> Path:
     """Writes a checkpoint and removes all but the newest `keep`.
 
     Args:
@@ -59,7 +62,8 @@ def write_checkpoint(folder: Path, iteration: int, models: dict[str, tuple[Any, 
     fresh = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(fresh, ignore_errors=True)
+        for stale in folder.glob(f".{_PREFIX}*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
         fresh.mkdir()
         for name, (model, tokenizer) in models.items():
             write_model(model, tokenizer, fresh / name)
@@ -88,8 +92,13 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
     except Exception as error:
-        raise DataError(f"checkpoint {path} cannot be read: {error}; remove it to resume from the one before") from error
+        raise broken(path, error) from error
     return state
+
+
+def broken(path: Path, error: Exception) -> DataError:
+    """The error of a checkpoint that cannot be resumed from."""
+    return DataError(f"checkpoint {path} cannot be read: {error}; remove it to resume from the one before")
 
 
 def _sync(folder: Path) -> None:

@@ -10,12 +10,16 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentrl.errors import DataError, UserError
 from agentrl.files import atomic_write
+
+if TYPE_CHECKING:
+    from agentrl.rollout import Collected
 
 FILE_NAME = "metrics.jsonl"
 
@@ -119,6 +123,47 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise DataError(f"{path} line {number} holds no metrics: {error}") from None
         records.append(record)
     return records
+
+
+def rollout_metrics(collected: Collected) -> dict[str, Any]:
+    """Returns means over the scorable trajectories, and counts of everything, dropped episodes included."""
+    kept = collected.trajectories
+    turns = [turn for t in kept for turn in t.turns]
+    n = max(1, len(kept))
+    return {
+        "success": sum(t.success for t in kept) / n,
+        "outcome": sum(t.outcome for t in kept) / n,
+        "turns": len(turns) / n,
+        "invalid_actions": sum(turn.info.get("valid_action") is False for turn in turns) / max(1, len(turns)),
+        "truncated": sum(t.truncated for t in kept) / n,
+        "episodes": len(kept),
+        "episodes_failed": len(collected.failed),
+        "episodes_retried": collected.retried,
+        "stop_reasons": collected.counts,
+    }
+
+
+class Clock:
+    """Wall seconds of an iteration by part: generation, environment, prm, policy, other."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("generation", "environment", "prm", "policy", "other"), 0.0)
+        self._at = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Gives the time since the last lap to `part`."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._at
+        self._at = now
+
+    def split(self, rollout: dict[str, float]) -> None:
+        """Divides the time of a rollout that has just ended."""
+        before = self.seconds["other"]
+        self.lap("other")
+        spent = self.seconds["other"] - before
+        self.seconds["generation"] += rollout["policy"]
+        self.seconds["environment"] += rollout["environment"]
+        self.seconds["other"] = before + max(0.0, spent - rollout["policy"] - rollout["environment"])
 
 
 def _plain(value: Any) -> Any:

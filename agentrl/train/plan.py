@@ -28,6 +28,8 @@ def batch_plan(config: RunConfig) -> str:
         )
     lines.append(f"credit    {config.credit.method} {config.credit.options or ''}".rstrip())
     every = f"every {config.eval.every} iterations" if config.eval.every else "never"
-    lines.append(f"total     {config.iterations} iterations = {config.iterations * episodes:,} episodes; "
-                 f"evaluation on {config.eval.episodes} held-out tasks {every}")
+    lines.append(
+        f"total     {config.iterations} iterations = {config.iterations * episodes:,} episodes; "
+        f"evaluation on {config.eval.episodes} held-out tasks {every}"
+    )
     return "\n".join(lines)

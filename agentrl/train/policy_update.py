@@ -18,7 +18,9 @@ Tensor = torch.Tensor
 
 def make_optimizer(model: Any, config: PolicyUpdateConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters of `model`."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
 
 
 def learning_rate(config: PolicyUpdateConfig, iteration: int, iterations: int) -> float:
@@ -95,7 +97,9 @@ def _step(
     total = 0.0
     for micro in batch.microbatches(config.tokens_per_microbatch, members.tolist()):
         k = micro.tokens
-        scores = score_microbatch(model, micro, temperature=temperature, want_entropy=True)
+        scores = score_microbatch(
+            model, micro, temperature=temperature, want_entropy=True, entropy_gradient=config.entropy_coef > 0
+        )
         new, entropy = scores.logprob, scores.entropy
         assert entropy is not None
         old, mine = batch.behaviour[k].to(new), weight[k].to(new)

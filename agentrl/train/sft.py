@@ -19,7 +19,7 @@ import torch
 from agentrl.batch import build_batch, score_microbatch
 from agentrl.buffer import read_jsonl
 from agentrl.config.schema import parse_history
-from agentrl.errors import DataError, NonFiniteError, UserError
+from agentrl.errors import DataError, NonFiniteError
 from agentrl.models.chat import ChatCodec
 from agentrl.models.load import load_model, load_tokenizer, save_model
 from agentrl.rollout.context import ContextBuilder
@@ -50,23 +50,31 @@ def tokenise(trajectory: Trajectory, chat: ChatCodec, history: str) -> Trajector
     return trajectory.model_copy(update={"turns": turns})
 
 
-def read_demonstrations(paths: Sequence[str | Path], *, only_success: bool = False) -> list[Trajectory]:
-    """Reads scorable trajectories from JSONL files.
+def demonstrations(
+    data: str | Path | Iterable[str | Path | Trajectory], *, only_success: bool = False
+) -> list[Trajectory]:
+    """Returns the episodes of `data` that can be learnt from: those that infrastructure ended are left out.
+
+    Args:
+        data: JSONL files, or trajectories.
+        only_success: leave out episodes that failed.
 
     Raises:
         DataError: a broken line, or nothing left to learn from.
     """
-    found = [t for path in paths for t in read_jsonl(path) if t.scorable and t.turns]
-    kept = [t for t in found if t.success] if only_success else found
+    items = [data] if isinstance(data, (str, Path)) else list(data)
+    found = [t for item in items for t in ([item] if isinstance(item, Trajectory) else read_jsonl(item))]
+    kept = [t for t in found if t.scorable and t.turns and (t.success or not only_success)]
     if not kept:
         what = "successful episodes" if only_success else "finished episodes with turns"
-        raise DataError(f"{', '.join(map(str, paths))}: no {what} to learn from")
+        files = ", ".join(str(item) for item in items if not isinstance(item, Trajectory))
+        raise DataError(f"{files or 'the demonstrations'}: no {what} to learn from, out of {len(found)}")
     return kept
 
 
 def sft(
     model: str,
-    data: Sequence[str | Path] | Iterable[Trajectory],
+    data: str | Path | Iterable[str | Path | Trajectory],
     out: str,
     *,
     history: str = "full",
@@ -89,7 +97,7 @@ def sft(
         epochs: passes over the data.
         lr: peak learning rate; linear warm-up over the first 5 % of steps, cosine decay to a tenth.
         batch_tokens: tokens of one optimiser step.
-        max_seconds: stops early (the schedule then ends early too).
+        max_seconds: stops early, though never before the first step (the schedule then ends early too).
         only_success: leave out episodes that failed.
         seed: order of the data.
         threads: torch threads on a CPU.
@@ -98,15 +106,16 @@ def sft(
     Returns:
         `loss` (mean negative log-likelihood per action token over the last tenth of the steps, nats), `steps`,
         `episodes`, `turns`, `tokens`, `seconds`.
+
+    Raises:
+        DataError: a broken line, or nothing to learn from.
+        ModelError: `model` lacks something.
+        NonFiniteError: the loss or its gradient became NaN or infinite; nothing is written.
     """
     started = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
-    items = list(data)
-    paths = [item for item in items if not isinstance(item, Trajectory)]
-    episodes = read_demonstrations(paths, only_success=only_success) if paths else [t for t in items if t.turns]  # type: ignore[union-attr]
-    if not episodes:
-        raise UserError("sft: no episodes to learn from")
+    episodes = demonstrations(data, only_success=only_success)
     tokenizer = load_tokenizer(model)
     chat = ChatCodec(tokenizer)
     lm = load_model(model, train=True)
@@ -117,7 +126,7 @@ def sft(
     tokens = 0
     for step, members in enumerate(plan):
         done = step / len(plan)
-        if max_seconds is not None:
+        if max_seconds is not None and step > 0:
             done = max(done, (time.perf_counter() - started) / max_seconds)
         if done >= 1:
             break
@@ -130,9 +139,11 @@ def sft(
             loss = -score_microbatch(lm, micro).logprob.sum() / batch.index.K
             loss.backward()
             total += float(loss.detach())
-        if not math.isfinite(total):
-            raise NonFiniteError(f"sft: the loss became {total} at step {step}; lower --lr")
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0))
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"sft: loss {total}, gradient norm {grad_norm} at step {step}; lower the learning rate"
+            )
         optimizer.step()
         losses.append(total)
         tokens += batch.tokens

@@ -23,25 +23,24 @@ from agentrl.buffer import TrajectoryBuffer, write_jsonl
 from agentrl.buffer.pairs import pair_counts
 from agentrl.config import RunConfig, config_sha256, dump_config
 from agentrl.credit import Advantage, Signals, load_credit
-from agentrl.envs import make
-from agentrl.errors import AgentRLError, NonFiniteError, UserError
+from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError, UserError
 from agentrl.evaluate import EvalResult, evaluate
-from agentrl.files import check_writable
-from agentrl.models.load import check_model_dir, fingerprint, load_model, load_tokenizer, save_model
+from agentrl.models.load import fingerprint, load_model, load_tokenizer, save_model
 from agentrl.policy import ModelPolicy, Sampling, load_policy
 from agentrl.prm import ImplicitPRM
-from agentrl.rollout import Collected, Collector, Task
-from agentrl.train.checkpoint import checkpoints, read_state, write_checkpoint
-from agentrl.train.metrics import MetricsLog
+from agentrl.rollout import Collected, Collector, Task, run
+from agentrl.train.checkpoint import broken, checkpoints, read_state, write_checkpoint
+from agentrl.train.metrics import Clock, MetricsLog, rollout_metrics
 from agentrl.train.plan import batch_plan
 from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
+from agentrl.train.preflight import check_run, check_run_dir, needed_bytes
 from agentrl.train.stop import StopRequest
 from agentrl.types import Trajectory
 
 Metrics = dict[str, Any]
 
 MISMATCH_LIMIT = 0.05
-"""Nats: log-probs recorded while sampling may differ from the trainer's by this much in float32 before it is an error."""
+"""Nats: beyond this difference of the sampler's log-probs from the trainer's, in float32, a run stops."""
 
 
 class Judged(NamedTuple):
@@ -76,12 +75,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.on_iteration = on_iteration
+        check_run(config)
         self.credit, self.credit_options = load_credit(config.credit.method, config.credit.options)
-        make(config.env.id, max_turns=config.env.max_turns, **config.env.kwargs).close()
-        self.run_dir = check_writable(config.run_dir)
-        if not config.model.path:
-            raise UserError("model.path is empty: give a model directory (agentrl init-model makes a small one)")
-        check_model_dir(config.model.path)
         if config.model.threads is not None and config.model.device == "cpu":
             torch.set_num_threads(config.model.threads)
         torch.manual_seed(config.seed)
@@ -95,12 +90,13 @@ class Trainer:
         self.policy = policy
         self.optimizer = make_optimizer(self.model, config.policy_update)
         self.prm = self._make_prm() if self.credit.needs_prm else None
+        found = checkpoints(Path(config.run_dir) / "checkpoints")
+        self.run_dir = check_run_dir(config, resume=resume, need_bytes=self._needed_bytes(len(found)))
         self.collector = Collector(policy, config.env, config.rollout, config.outcome, on_episode=on_episode)
         self.buffer = TrajectoryBuffer(config.buffer.keep_iterations)
         self.iteration = 0
         self.last: Judged | None = None
         self.started = time.perf_counter()
-        found = checkpoints(self.run_dir / "checkpoints")
         if resume and found:
             self._restore(found[-1])
         self.log = MetricsLog(self.run_dir, config.log.tensorboard)
@@ -116,29 +112,31 @@ class Trainer:
             the last iteration's metrics, with `interrupted` and `checkpoint`.
         """
         metrics: Metrics = {"iteration": self.iteration}
+        saved = self.iteration
         with StopRequest() as stop:
             if self.iteration == 0 and self.config.eval.every:
                 self._log({"iteration": 0, "eval": self.evaluate().model_dump(mode="json")})
             while self.iteration < self.config.iterations and not stop.requested:
                 metrics = self.iterate()
-                last = self.iteration == self.config.iterations or stop.requested
-                if self._due(self.config.eval.every) or (last and self.config.eval.every):
+                if self._due(self.config.eval.every):
                     metrics["eval"] = self.evaluate().model_dump(mode="json")
                 self._log(metrics)
-                if last or self._due(self.config.checkpoint.every):
+                if self._due(self.config.checkpoint.every):
                     self.save()
+                    saved = self.iteration
+            if saved < self.iteration:
+                self.save()
             metrics["interrupted"] = stop.requested
         metrics["checkpoint"] = str(self.run_dir / "checkpoints")
         return metrics
 
     def iterate(self) -> Metrics:
         """One iteration, from rollout to synced weights. Returns its metrics."""
-        config, clock = self.config, _Clock()
-        collected = self.collector.collect(self.tasks(), seed=config.seed, iteration=self.iteration)
+        config, clock = self.config, Clock()
+        collected = self._collect()
         clock.split(collected.seconds)
         trajectories = collected.trajectories
         self.buffer.append(trajectories, self.iteration)
-        self._store(collected)
         batch = build_batch(trajectories, device=config.model.device)
         outcome = torch.tensor([t.outcome for t in trajectories], dtype=torch.float64)
         clock.lap("other")
@@ -156,7 +154,7 @@ class Trainer:
                 self.credit_options,
             )
             self.last = Judged(batch, reward, advantage)
-            policy_metrics = self._update(batch, advantage.token)
+            policy_metrics = self._update(batch, advantage.token - self._invalid_action_penalty(batch))
             clock.lap("policy")
         except NonFiniteError as error:
             raise NonFiniteError(f"iteration {self.iteration}: {error}; {self._keep_evidence(trajectories)}") from error
@@ -165,12 +163,12 @@ class Trainer:
         clock.lap("other")
         return {
             "iteration": self.iteration,
-            **_rollout_metrics(collected),
+            **rollout_metrics(collected),
             **prm_metrics,
             **{f"credit_{name}": value for name, value in advantage.metrics.items()},
             "advantage_std": float(advantage.token.std()) if batch.index.K > 1 else 0.0,
             **policy_metrics,
-            "groups": pair_counts(trajectories),
+            "groups": pair_counts([*trajectories, *collected.failed]),
             "seconds": clock.seconds,
             "elapsed": time.perf_counter() - self.started,
             "tokens": batch.tokens,
@@ -216,6 +214,7 @@ class Trainer:
             "version": self.policy.version,
             "optimizer": self.optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "elapsed": time.perf_counter() - self.started,
             "config_sha256": config_sha256(self.config),
         }
         if self.prm is not None:
@@ -223,19 +222,39 @@ class Trainer:
             state["prm"] = self.prm.state_dict()
             if self.config.prm.reference == "rebase":
                 models["prm_reference"] = (self.prm.reference, self.tokenizer)
-        path = write_checkpoint(
+        # The model first: a kill in between leaves an older checkpoint to go on from, which will write it again.
+        save_model(self.model, self.tokenizer, self.run_dir / "model")
+        return write_checkpoint(
             self.run_dir / "checkpoints", self.iteration, models, state, self.buffer, self.config.checkpoint.keep
         )
-        save_model(self.model, self.tokenizer, self.run_dir / "model")
-        return path
 
     def close(self) -> None:
         """Ends environments, engine and log."""
-        import asyncio
-
         self.collector.close()
-        asyncio.run(self.policy.aclose())
+        run(self.policy.aclose())
         self.log.close()
+
+    def _collect(self) -> Collected:
+        """Plays this iteration's episodes and stores them.
+
+        Raises:
+            InfrastructureError: not one of them can be scored.
+            NonFiniteError: the policy's log-probs are not finite.
+        """
+        try:
+            collected = self.collector.collect(self.tasks(), seed=self.config.seed, iteration=self.iteration)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"iteration {self.iteration}: {error}; {self._last_good()}") from error
+        if self.config.buffer.write_trajectories:
+            path = self.run_dir / "trajectories" / f"iteration-{self.iteration:06d}.jsonl"
+            write_jsonl(path, [*collected.trajectories, *collected.failed])
+        if not collected.trajectories:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in collected.counts.items())
+            raise InfrastructureError(
+                f"iteration {self.iteration}: no episode could be scored ({reasons}); the first: "
+                f"{collected.failed[0].error}; {self._last_good()}"
+            )
+        return collected
 
     def _judge(self, batch: Batch, outcome: torch.Tensor) -> tuple[torch.Tensor | None, Metrics]:
         """Token rewards of the implicit PRM, if the credit method wants them."""
@@ -243,6 +262,12 @@ class Trainer:
             return None, {}
         replay = [t for t in self.buffer.latest(self.config.prm.replay_iterations) if t.iteration != self.iteration]
         return self.prm.step(batch, outcome, self.model, replay, self.iteration)
+
+    def _invalid_action_penalty(self, batch: Batch) -> torch.Tensor:
+        """(K,) what turns without a valid action lose, whatever the credit method."""
+        invalid = [turn.info.get("valid_action") is False for t in batch.trajectories for turn in t.turns]
+        per_turn = self.config.policy_update.invalid_action_penalty * torch.tensor(invalid, dtype=torch.float32)
+        return per_turn[batch.index.turn_of_token]
 
     def _update(self, batch: Batch, advantage: torch.Tensor) -> Metrics:
         """The policy update, with the reference log-probs of a KL term where one is wanted."""
@@ -267,8 +292,8 @@ class Trainer:
         )
         if self.config.model.dtype == "float32" and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
             raise AgentRLError(
-                f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} nats "
-                f"(limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution"
+                f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} "
+                f"nats (limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution"
             )
         return metrics | {"lr": rate}
 
@@ -283,7 +308,6 @@ class Trainer:
         if config.prm.init is None:
             model = self._copy(self.model).requires_grad_(True)
         else:
-            check_model_dir(config.prm.init)
             model = load_model(config.prm.init, device=config.model.device, dtype=config.model.dtype, train=True)
         return ImplicitPRM(
             model,
@@ -299,15 +323,28 @@ class Trainer:
     def _copy(model: Any) -> Any:
         return copy.deepcopy(model).requires_grad_(False)
 
+    def _needed_bytes(self, present: int) -> int:
+        """Disk space that this run's checkpoints and model will take, with `present` checkpoints there already."""
+        prm = self.prm.model if self.prm else None
+        reference = self.prm.reference if self.prm and self.config.prm.reference == "rebase" else None
+        return needed_bytes(self.model, prm, reference, self.config.checkpoint.keep, present)
+
     def _restore(self, path: Path) -> None:
         """Puts everything back as it was after the checkpoint's iteration."""
         state = read_state(path)
-        if state["config_sha256"] != config_sha256(self.config):
+        if state.get("config_sha256") != config_sha256(self.config):
             raise UserError(
-                f"{path} was written with another configuration; resume with the one in {self.run_dir / 'config.yaml'}, "
-                "or start a new run_dir"
+                f"{path} was written with another configuration; resume with the one in "
+                f"{self.run_dir / 'config.yaml'}, or start a new run_dir"
             )
+        try:
+            self._load_state(path, state)
+        except (AgentRLError, KeyError, RuntimeError, ValueError) as error:
+            raise broken(path, error) from error
+
+    def _load_state(self, path: Path, state: dict[str, Any]) -> None:
         self.iteration = state["iteration"]
+        self.started -= state["elapsed"]
         self._load_into(self.model, path / "policy")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.prm is not None:
@@ -320,19 +357,17 @@ class Trainer:
         self.policy.load_weights(self.model.state_dict(), state["version"])
 
     def _load_into(self, model: Any, path: Path) -> None:
-        saved = load_model(path, device=self.config.model.device, dtype=self.config.model.dtype)
+        saved = load_model(path, device=self.config.model.device)
         model.load_state_dict(saved.state_dict())
-
-    def _store(self, collected: Collected) -> None:
-        if self.config.buffer.write_trajectories:
-            name = f"iteration-{self.iteration:06d}.jsonl"
-            write_jsonl(self.run_dir / "trajectories" / name, [*collected.trajectories, *collected.failed])
 
     def _keep_evidence(self, trajectories: list[Trajectory]) -> str:
         path = self.run_dir / "failed" / f"iteration-{self.iteration:06d}.jsonl"
         write_jsonl(path, trajectories)
+        return f"its trajectories are in {path}; {self._last_good()}"
+
+    def _last_good(self) -> str:
         good = checkpoints(self.run_dir / "checkpoints")
-        return f"its trajectories are in {path}; last good checkpoint: {good[-1] if good else 'none yet'}"
+        return f"last good checkpoint: {good[-1] if good else 'none yet'}"
 
     def _log(self, metrics: Metrics) -> None:
         rest = {key: value for key, value in metrics.items() if key != "iteration"}
@@ -341,11 +376,23 @@ class Trainer:
             self.on_iteration(metrics)
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.iteration % every == 0
+        """Whether what happens after every `every` iterations (0: never) happens now; always after the last."""
+        return every > 0 and (self.iteration % every == 0 or self.iteration == self.config.iterations)
 
 
 def train(config: RunConfig, *, resume: bool = False, **callbacks: Any) -> Metrics:
-    """Runs `config` and returns the last iteration's metrics. Callbacks as in `Trainer`; by default progress is printed."""
+    """Runs `config` and returns the last iteration's metrics.
+
+    Args:
+        config: the run.
+        resume: go on from the newest checkpoint.
+        **callbacks: `on_episode` and `on_iteration` of `Trainer`; without any, progress is printed.
+
+    Raises:
+        UserError: anything that cannot work, before any episode is played.
+        NonFiniteError: a loss, gradient, advantage or log-prob became NaN or infinite.
+        InfrastructureError: no episode of an iteration could be scored.
+    """
     from agentrl.train.console import Console
 
     if config.log.progress and not callbacks:
@@ -360,43 +407,3 @@ def _train(config: RunConfig, resume: bool, callbacks: dict[str, Any]) -> Metric
         return trainer.run()
     finally:
         trainer.close()
-
-
-def _rollout_metrics(collected: Collected) -> Metrics:
-    """Means over the scorable trajectories, and counts of everything, dropped episodes included."""
-    kept = collected.trajectories
-    turns = [turn for t in kept for turn in t.turns]
-    n = max(1, len(kept))
-    return {
-        "success": sum(t.success for t in kept) / n,
-        "outcome": sum(t.outcome for t in kept) / n,
-        "turns": len(turns) / n,
-        "invalid_actions": sum(turn.info.get("valid_action") is False for turn in turns) / max(1, len(turns)),
-        "truncated": sum(t.truncated for t in kept) / n,
-        "episodes": len(kept),
-        "episodes_failed": len(collected.failed),
-        "episodes_retried": collected.retried,
-        "stop_reasons": collected.counts,
-    }
-
-
-class _Clock:
-    """Wall seconds of an iteration by part: generation, environment, prm, policy, other."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("generation", "environment", "prm", "policy", "other"), 0.0)
-        self._at = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] += now - self._at
-        self._at = now
-
-    def split(self, rollout: dict[str, float]) -> None:
-        """Divides the time of a rollout that has just ended."""
-        before = self.seconds["other"]
-        self.lap("other")
-        spent = self.seconds["other"] - before
-        self.seconds["generation"] += rollout["policy"]
-        self.seconds["environment"] += rollout["environment"]
-        self.seconds["other"] = before + max(0.0, spent - rollout["policy"] - rollout["environment"])

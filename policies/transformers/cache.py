@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -46,6 +47,20 @@ class SlotCache:
         return keys, values
 
 
+@dataclass(slots=True)
+class _Run:
+    """Sequences of one forward pass that stand together and have the same number of new tokens."""
+
+    count: int
+    new: int
+    where: slice | Tensor | None
+    """Their slots; None where nothing is cached yet."""
+    longest: int
+    """Tokens of the longest, new ones included."""
+    mask: Tensor | None
+    """(count, 1, new, longest): what each new token sees, as booleans, then as what is added to the scores."""
+
+
 class SlotPlan:
     """Which new tokens go to which slots in one forward pass: `RaggedPlan` for sampling.
 
@@ -62,43 +77,53 @@ class SlotPlan:
     ) -> None:
         self.cache = cache
         cache.reserve(max(slots) + 1, max(p + n for p, n in zip(past, new, strict=True)))
-        slot, begin, length = (torch.tensor(x, device=device) for x in (slots, past, new))
-        start = length.cumsum(0) - length
-        self.slot = slot.repeat_interleave(length)
-        self.positions = torch.arange(len(self.slot), device=device) + (begin - start).repeat_interleave(length)
+        self.slot, self.positions = (torch.tensor(x, device=device) for x in (slots, past))
+        if max(new) > 1:
+            length = torch.tensor(new, device=device)
+            start = length.cumsum(0) - length
+            self.slot = self.slot.repeat_interleave(length)
+            inside = torch.arange(len(self.slot), device=device) - start.repeat_interleave(length)
+            self.positions = self.positions.repeat_interleave(length) + inside
         self._runs = [self._run(first, last, slots, past, new, device) for first, last in _equal_runs(new)]
 
     def _run(
         self, first: int, last: int, slots: Sequence[int], past: Sequence[int], new: Sequence[int], device: str
-    ) -> tuple[int, int, slice | Tensor | None, int, Tensor | None]:
-        """(sequences, new tokens, their slots or None for a fresh prefill, cached length, mask)."""
+    ) -> _Run:
         n, mine, before = new[first], slots[first:last], past[first:last]
         longest = max(before) + n
         if max(before) == 0:
-            return last - first, n, None, longest, None
+            return _Run(last - first, n, None, longest, None)
         consecutive = list(range(mine[0], mine[0] + len(mine))) == list(mine)
         where = slice(mine[0], mine[0] + len(mine)) if consecutive else torch.tensor(mine, device=device)
         if n == 1 and min(before) == max(before):
-            return last - first, n, where, longest, None
+            return _Run(last - first, n, where, longest, None)
         query_at = torch.tensor(before, device=device)[:, None] + torch.arange(n, device=device)
         mask = torch.arange(longest, device=device) <= query_at[:, :, None]
-        return last - first, n, where, longest, mask[:, None]
+        return _Run(last - first, n, where, longest, mask[:, None])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self.cache.write(layer, self.slot, self.positions, key, value)
         parts, start = [], 0
-        for count, n, where, longest, mask in self._runs:
-            tokens = slice(start, start + count * n)
-            start += count * n
-            q = query[tokens].unflatten(0, (count, n)).transpose(1, 2)
-            if where is None:
-                k, v = (x[tokens].unflatten(0, (count, n)).transpose(1, 2) for x in (key, value))
+        for run in self._runs:
+            tokens = slice(start, start + run.count * run.new)
+            start = tokens.stop
+            q = query[tokens].unflatten(0, (run.count, run.new)).transpose(1, 2)
+            if run.where is None:
+                k, v = (x[tokens].unflatten(0, (run.count, run.new)).transpose(1, 2) for x in (key, value))
                 out = sdpa(q, k, v, scale, causal=True)
             else:
-                k, v = (x[where, :longest].transpose(1, 2) for x in (keys, values))
-                out = sdpa(q, k, v, scale, mask=mask)
+                if run.mask is not None and run.mask.dtype == torch.bool:
+                    # Once for all layers: SDPA would do it in each.
+                    run.mask = torch.zeros_like(run.mask, dtype=q.dtype).masked_fill_(~run.mask, -torch.inf)
+                k, v = (_rows(x[:, : run.longest], run.where).transpose(1, 2) for x in (keys, values))
+                out = sdpa(q, k, v, scale, mask=run.mask)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows(store: Tensor, where: slice | Tensor) -> Tensor:
+    # On a CPU `index_select` is several times as fast as indexing with a tensor.
+    return store[where] if isinstance(where, slice) else store.index_select(0, where)
 
 
 def _equal_runs(values: Sequence[int]) -> list[tuple[int, int]]:

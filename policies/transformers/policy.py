@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +64,8 @@ class TransformersPolicy(ModelPolicy):
         # One thread: the engine answers one batch at a time, while environments go on in the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self._released: deque[str] = deque()
+        self._running = threading.Event()
+        """Abort event of the call that the engine is working on."""
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
         # Each call has its own: the next one must not clear it before the engine has noticed.
@@ -79,7 +80,7 @@ class TransformersPolicy(ModelPolicy):
             raise PolicyFailure("the transformers policy was closed while it was sampling") from None
 
     def _act(self, requests: list[PolicyRequest], abort: threading.Event) -> list[PolicyAction]:
-        self.sampler.abort = abort
+        self._running = abort
         while self._released:
             self.sampler.release(self._released.popleft())
         for request in requests:
@@ -107,4 +108,4 @@ class TransformersPolicy(ModelPolicy):
 
     async def aclose(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self.sampler.abort.set()
+        self._running.set()

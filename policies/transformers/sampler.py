@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.models.attention import lm_logits, run_ragged
+from agentrl.models.attention import lm_logits, precision, run_ragged
 from agentrl.policy import PolicyAction, PolicyRequest
 from policies.transformers.cache import SlotCache, SlotPlan
 
@@ -69,7 +69,12 @@ class Sampler:
         Raises:
             Aborted: `abort` was set meanwhile.
         """
-        abort = abort or threading.Event()
+        with precision(self.model):
+            return self._sample(requests, abort or threading.Event())
+
+    def _sample(
+        self, requests: Sequence[PolicyRequest], abort: threading.Event
+    ) -> list[tuple[list[int], list[float], bool]]:
         draw = _Draw(requests, self.device)
         slots = [self._slot_of(request.episode) for request in requests]
         logits = self._prefill(requests, slots, abort)
@@ -150,10 +155,13 @@ class _Draw:
         self.temperature = torch.tensor([s.temperature for s in sampling], device=device)
         self.top_k = torch.tensor([s.top_k for s in sampling], device=device)
         self.top_p = torch.tensor([s.top_p for s in sampling], device=device)
+        self.greedy = all(s.temperature == 0 for s in sampling)
         self.truncates = any(s.top_k > 0 or s.top_p < 1 for s in sampling)
 
     def __call__(self, logits: Tensor, rows: list[int], step: int) -> tuple[list[int], list[float]]:
         """Draws one token for each of `rows`; logits (len(rows), V)."""
+        if self.greedy:
+            return logits.argmax(-1).tolist(), [0.0] * len(rows)
         at = torch.tensor(rows, device=self.device)
         temperature = self.temperature[at, None]
         greedy = temperature[:, 0] == 0
@@ -163,7 +171,8 @@ class _Draw:
         cdf = logp.double().exp().cumsum(-1)
         u = torch.from_numpy(uniforms(self.seeds[rows], step)).to(self.device)
         target = torch.minimum(u * cdf[:, -1], cdf[:, -1].nextafter(cdf.new_zeros(())))
-        token = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+        # NaN logits end at the last token, with a NaN log-prob: whoever reads it says so.
+        token = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         token = torch.where(greedy, logits.argmax(-1), token)
         chosen = torch.where(greedy, 0.0, logp.gather(-1, token[:, None])[:, 0])
         return token.tolist(), chosen.tolist()

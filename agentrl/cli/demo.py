@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from agentrl.config import RunConfig
     from agentrl.evaluate import EvalResult
 
-SKILL = 0.4
-"""How often the demonstrator plays a best move; otherwise it moves at random. The clone inherits its indecision."""
+LESSONS = ((10 / 13, 0.8, 1e-3), (3 / 13, 0.25, 5e-4))
+"""(share of the demonstrations, skill of the solver that plays them, learning rate), in this order.
+
+The first lesson teaches the board: its solver plays a best move four times out of five. The second teaches indecision:
+a best move once in four, else a random one. The base model then knows more than it shows, as a pretrained model does;
+the table at the end says how much, by playing it greedily too."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -36,7 +40,7 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is written; replaced.")] = Path(
         "runs/demo"
     ),
-    demonstrations: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of the noisy solver.")] = 20_000,
+    demonstrations: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of the noisy solver.")] = 13_000,
     levels: Annotated[int, typer.Option(metavar="N", min=1, help="Held-out levels that judge base and agent.")] = 512,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
 ) -> None:
@@ -85,26 +89,30 @@ def make_base(settings: RunConfig, out: Path, demonstrations: int) -> None:
 
     # Seeds far from those of training and evaluation; the split keeps test levels out in any case.
     first = 500_000_000 + settings.seed * 10_000_000
-    teacher = load_policy("sokoban-noisy-solver", skill=SKILL)
-    tasks = [Task(first + i, str(first + i)) for i in range(demonstrations)]
-    progress = EpisodeProgress("demonstrations", demonstrations)
-    with progress, Collector(teacher, settings.env, RolloutConfig(), OutcomeConfig(), on_episode=progress) as collector:
-        episodes = collector.collect(tasks, seed=settings.seed).trajectories
     texts, words = environment_texts(settings.env, 64, seed=first)
-    made = init_model(out / "random", texts, words=words, seed=settings.seed)
+    made = init_model(out / "lesson-0", texts, words=words, seed=settings.seed)
     console.print(f"a Qwen3-shaped network of {made['parameters']:,} parameters, vocabulary {made['vocab']}")
-    with step_progress("cloning") as on_step:
-        sft(
-            str(out / "random"),
-            episodes,
-            str(out / "base"),
-            history=settings.rollout.history,
-            lr=1e-3,
-            batch_tokens=2048,
-            seed=settings.seed,
-            threads=settings.model.threads,
-            on_step=on_step,
-        )
+    for number, (share, skill, lr) in enumerate(LESSONS, 1):
+        teacher = load_policy("sokoban-noisy-solver", skill=skill)
+        tasks = [Task(first + i, str(first + i)) for i in range(max(1, round(share * demonstrations)))]
+        first += len(tasks)
+        progress = EpisodeProgress(f"demonstrations, skill {skill:g}", len(tasks))
+        with progress, Collector(
+            teacher, settings.env, RolloutConfig(), OutcomeConfig(), on_episode=progress
+        ) as collector:
+            episodes = collector.collect(tasks, seed=settings.seed).trajectories
+        with step_progress(f"cloning, lesson {number}") as on_step:
+            sft(
+                str(out / f"lesson-{number - 1}"),
+                episodes,
+                str(out / ("base" if number == len(LESSONS) else f"lesson-{number}")),
+                history=settings.rollout.history,
+                lr=lr,
+                batch_tokens=2048,
+                seed=settings.seed,
+                threads=settings.model.threads,
+                on_step=on_step,
+            )
 
 
 def train(settings: RunConfig) -> dict[str, float]:

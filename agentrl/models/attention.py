@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -61,8 +62,8 @@ class PackedSequences:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        if _has_varlen(query):
-            return self._attend_varlen(query, key, value, scale)
+        if _varlen is not None and _is_half_on_gpu(query):
+            return _varlen(query, key, value, _ends(self.lengths, query.device), max(self.lengths), scale)
         runs, parts = self.runs(), []
         # Split, not sliced: the gradient of a slice is as large as the whole row.
         pieces = (x.split([count * length for _, count, length in runs]) for x in (query, key, value))
@@ -70,13 +71,6 @@ class PackedSequences:
             q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in inputs)
             parts.append(sdpa(q, k, v, scale, causal=True).transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        if not _GROUPED:
-            key, value = _repeat_heads(query, key, value)
-        ends, longest = _ends(self.lengths, query.device), max(self.lengths)
-        out: torch.Tensor = _varlen(query, key, value, ends, ends, longest, longest, scale=scale, **_CAUSAL, **_GROUPED)
-        return out
 
 
 @lru_cache(maxsize=16)
@@ -110,22 +104,40 @@ def _repeat_heads(query: torch.Tensor, *stores: torch.Tensor) -> list[torch.Tens
     return [x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in stores]
 
 
-def _load_varlen() -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Returns variable-length flash attention (torch >= 2.10), its causal option and its option for grouped heads."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None, {}, {}
-    parameters = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    return varlen_attn, causal, {"enable_gqa": True} if "enable_gqa" in parameters else {}
+def _adapt_varlen(function: Any) -> Callable[..., torch.Tensor]:
+    """Returns `torch.nn.attention.varlen.varlen_attn`, causal and with grouped heads, whatever its version."""
+    known = inspect.signature(function).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        if "enable_gqa" not in known:
+            key, value = _repeat_heads(query, key, value)
+        if "scale" in known:
+            options["scale"] = scale
+        else:  # the first version divides by the root of the head's size, whatever the model wants
+            query = query * (scale * query.shape[-1] ** 0.5)
+        out: torch.Tensor = function(query, key, value, ends, ends, longest, longest, **options)
+        return out
+
+    return attend
 
 
-_varlen, _CAUSAL, _GROUPED = _load_varlen()
+try:
+    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+except ImportError:
+    _varlen = None
+else:
+    _varlen = _adapt_varlen(varlen_attn)
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
-    return _varlen is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+def _is_half_on_gpu(query: torch.Tensor) -> bool:
+    """Whether flash attention can take it: half precision, on a GPU from Ampere on."""
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attention(
@@ -148,9 +160,9 @@ def _attention(
         if kwargs.get(option) is not None:
             raise ModelError(f"{type(module).__name__} uses {option}, which ragged attention does not support yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Under autocast, norms and rotary positions have promoted queries and keys to float32: back to the values' precision.
-    rows = (x[0].to(value.dtype).transpose(0, 1) for x in (query, key, value))
-    return ragged.attend(module.layer_idx, *rows, scale).unsqueeze(0), None  # type: ignore[arg-type]
+    # Under autocast, norms and rotary positions have made queries and keys float32: back to the values' precision.
+    q, k, v = (x[0].to(value.dtype).transpose(0, 1) for x in (query, key, value))
+    return ragged.attend(module.layer_idx, q, k, v, scale).unsqueeze(0), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(NAME, _attention)
@@ -160,9 +172,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def precision(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Returns the context in which the passes of `model` run: autocast if it has a `compute_dtype`, else nothing.
 
-    A model that trains in bfloat16 keeps float32 weights: steps of 1e-6 would be lost in bfloat16 ones. `run_ragged` and
-    `lm_logits` enter the context themselves; who calls them many times enters it once around all, so that the weights
-    are cast once. Weights must not change inside.
+    A model that trains in bfloat16 keeps float32 weights: steps of 1e-6 would be lost in bfloat16 ones. `run_ragged`
+    and `lm_logits` enter the context themselves; who calls them often enters it once around all calls, so that the
+    weights are cast once. Weights must not change inside.
     """
     dtype = getattr(model, "compute_dtype", None)
     if dtype is None:
@@ -196,7 +208,7 @@ def run_ragged(model: Any, ids: torch.Tensor, positions: torch.Tensor, plan: Rag
 
 
 def lm_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Returns (K, V) float32 logits of hidden states (K, H), with the scalings some architectures apply after the head."""
+    """Returns (K, V) float32 logits of hidden states (K, H), with the scalings that some architectures apply."""
     with precision(model):
         logits = model.get_output_embeddings()(hidden).float()
     config = model.config

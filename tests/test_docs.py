@@ -84,6 +84,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder that can be imported from; what is imported and registered there is forgotten again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    registry.load_plugins()
     modules, environments, ours = set(sys.modules), dict(gym.registry), dict(registry._OURS)
     yield tmp_path
     for name in set(sys.modules) - modules:
@@ -250,7 +251,7 @@ def test_the_configuration_page_is_up_to_date() -> None:
 def test_every_setting_has_a_default_and_a_meaning_on_the_page() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| `(.+?)` \| (.+?) \| (.*) \|$", reference(), re.MULTILINE)
     table = {key: (default, values, meaning) for key, default, values, meaning in rows}
-    sections = {name for name in RunConfig.model_fields if hasattr(getattr(RunConfig(), name), "model_fields")}
+    sections = {key.partition(".")[0] for key in settings() if "." in key}
     assert set(table) == settings() - sections
     assert [key for key, (_, _, meaning) in table.items() if not meaning] == []
     assert table["prm.beta"] == ("0.05", "number, > 0", docstrings(type(RunConfig().prm))["beta"])

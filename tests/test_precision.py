@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def kernel(query, key, value, ends, scale, grouped):
     assert grouped or key.shape[1] == query.shape[1]
     ends = ends.tolist()
     parts = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         parts.append(out[0].transpose(0, 1))

@@ -40,7 +40,7 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is written; replaced.")] = Path(
         "runs/demo"
     ),
-    demonstrations: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of the noisy solver.")] = 13_000,
+    demonstrations: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of the noisy solver.")] = 18_000,
     levels: Annotated[int, typer.Option(metavar="N", min=1, help="Held-out levels that judge base and agent.")] = 512,
     seed: Annotated[int, typer.Option(metavar="N")] = 0,
 ) -> None:

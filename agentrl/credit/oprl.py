@@ -109,7 +109,8 @@ def _normal_scores(values: Tensor, owner: Tensor, size: int) -> Tensor:
         below[inside] = low.double()
         equal[inside] = (torch.searchsorted(ordered, mine, right=True) - low).double()
     n = count(owner, size)[owner]
-    return torch.special.ndtri((below + equal / 2) / n)
+    quantile: Tensor = torch.special.ndtri((below + equal / 2) / n)
+    return quantile
 
 
 def oprl(signals: Signals, options: OPRLOptions) -> Advantage:

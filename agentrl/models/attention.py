@@ -117,10 +117,10 @@ def _adapt_varlen(function: Any) -> Callable[..., torch.Tensor]:
         if "enable_gqa" not in known:
             key, value = _repeat_heads(query, key, value)
         if "scale" in known:
-            options["scale"] = scale
+            own = {"scale": scale}
         else:  # the first version divides by the root of the head's size, whatever the model wants
-            query = query * (scale * query.shape[-1] ** 0.5)
-        out: torch.Tensor = function(query, key, value, ends, ends, longest, longest, **options)
+            own, query = {}, query * (scale * query.shape[-1] ** 0.5)
+        out: torch.Tensor = function(query, key, value, ends, ends, longest, longest, **options, **own)
         return out
 
     return attend
@@ -153,9 +153,11 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """The function behind ``attn_implementation="agentrl"``; shapes as `transformers` gives them (B, heads, L, D)."""
     if ragged is None:
-        return AttentionInterface()["sdpa"](
+        plain: Any = AttentionInterface()["sdpa"]
+        out: torch.Tensor = plain(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        )[0]
+        return out, None
     for option in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ModelError(f"{type(module).__name__} uses {option}, which ragged attention does not support yet")
@@ -204,13 +206,14 @@ def run_ragged(model: Any, ids: torch.Tensor, positions: torch.Tensor, plan: Rag
             use_cache=False,
             ragged=plan,
         )
-    return output.last_hidden_state[0]
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def lm_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Returns (K, V) float32 logits of hidden states (K, H), with the scalings that some architectures apply."""
     with precision(model):
-        logits = model.get_output_embeddings()(hidden).float()
+        logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
     config = model.config
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.batch import Batch, Centre, build_batch, hidden_states, score, score_microbatch
+from agentrl.batch import Batch, Centre, TokenScores, build_batch, hidden_states, score, score_microbatch
 from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PRMConfig
@@ -262,8 +262,8 @@ class ImplicitPRM:
         """(K,) process rewards from log-ratios."""
         return self.config.beta * torch.where(self._known(batch), log_ratio, 0.0)
 
-    def _pick(self, scores: Any) -> Tensor:
-        return scores.centred if self.config.centred else scores.logprob
+    def _pick(self, scores: TokenScores) -> Tensor:
+        return scores.logprob if scores.centred is None else scores.centred
 
     def _health(self, batch: Batch, reward: Tensor, s: Tensor, pairs: PairTensors) -> dict[str, float]:
         """Metrics of the new batch, before the PRM has seen it."""

@@ -73,7 +73,7 @@ def plot_methods(
     for number, (method, seeds) in enumerate(curves.items()):
         end = min(seed[-1][0] for seed in seeds)
         grid = np.linspace(0, end, 100)
-        values = np.stack([np.interp(grid, *zip(*seed, strict=True)) for seed in seeds])
+        values = np.stack([np.interp(grid, [x for x, _ in seed], [y for _, y in seed]) for seed in seeds])
         colour = f"C{number}"
         axes.fill_between(grid, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
         axes.plot(grid, values.mean(0), color=colour, lw=2, label=f"{method} ({len(seeds)} seeds)")

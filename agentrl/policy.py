@@ -113,7 +113,7 @@ class FunctionPolicy(Policy):
 
     def __init__(self, function: Callable[[PolicyRequest], str], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", "function")
+        self.name = str(name or getattr(function, "__name__", "function"))
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
         return [PolicyAction(text=self.function(request)) for request in requests]

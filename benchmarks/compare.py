@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.8, help="success level that the table counts to")
     parser.add_argument("--report", type=Path, help="also write table, plots and numbers to this folder")
     parser.add_argument("overrides", nargs="*", help="settings for every run, e.g. iterations=30")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     methods, seeds = arguments.methods.split(","), [int(seed) for seed in arguments.seeds.split(",")]
     jobs = [(method, seed) for seed in seeds for method in methods]
     with ThreadPoolExecutor(arguments.jobs) as pool:

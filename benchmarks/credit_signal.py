@@ -1,7 +1,8 @@
 """Does the turn signal tell the truth? Step rewards against the exact advantage of every turn.
 
-On Sokoban with one box and `history: window(0)` the policy is a Markov policy over at most a few hundred states a level,
-so that its value function is a small dynamic program: pi(a|s) for every state of the level in one forward pass, then
+On Sokoban with one box and `history: window(0)` the policy is a Markov policy over at most a few hundred states a
+level, so that its value function is a small dynamic program: pi(a|s) for every state of the level in one forward
+pass, then
 
     V_0(s) = 0,   Q_h(s, a) = 1 if a solves the level else V_{h-1}(s'),   V_h(s) = sum_a pi(a|s) Q_h(s, a)
     A_h(s, a) = Q_h(s, a) - V_h(s)                                       h = turns left, a's own turn included
@@ -14,6 +15,10 @@ on decisive turns (|A| > 0.1).
 
     python benchmarks/credit_signal.py configs/sokoban_oprl.yaml iterations=20 prm.centred=true
     python benchmarks/credit_signal.py configs/sokoban_oprl.yaml credit.options.alpha=0 --json signal.json
+    python benchmarks/credit_signal.py configs/sokoban_oprl.yaml --variants all --seeds 0,1,2 iterations=20
+
+With --variants the policy is trained by A^E alone (alpha = 0), so that all variants judge the very same episodes; one
+line of a table each.
 """
 
 from __future__ import annotations
@@ -206,38 +211,101 @@ class Probe(Trainer):
         return self._env
 
 
+PUBLISHED = [
+    *("prm.centred=false", "prm.reference=behaviour", "prm.min_probability=0", "prm.score=sum"),
+    "credit.options={alpha: 0}",
+]
+VARIANTS: dict[str, list[str]] = {
+    "published": PUBLISHED,
+    "mean over turns": [*PUBLISHED, "prm.score=mean"],
+    "centred": [*PUBLISHED, "prm.centred=true"],
+    "frozen reference": [*PUBLISHED, "prm.reference=frozen"],
+    "centred, frozen": [*PUBLISHED, "prm.centred=true", "prm.reference=frozen"],
+    "centred, frozen, squared loss": [
+        *(*PUBLISHED, "prm.centred=true", "prm.reference=frozen", "prm.loss=ipo", "prm.beta=0.2"),
+    ],
+    "centred, frozen, rare tokens out (demo)": ["credit.options.alpha=0"],
+}
+COLUMNS = (
+    "pair_accuracy",
+    "pair_accuracy_per_turn",
+    "step",
+    "episode",
+    "r2_step",
+    "r2_episode",
+    "r2_both",
+    "best_alpha",
+)
+
+
+def probe_run(config_path: str, overrides: list[str], quiet: bool = False) -> tuple[list[dict[str, float]], list[Any]]:
+    """Trains one run; returns the comparison with the truth and the metrics of each iteration."""
+    with tempfile.TemporaryDirectory() as folder:
+        extra = [f"run_dir={folder}", "eval.every=0", "log.tensorboard=false", "buffer.write_trajectories=false"]
+        probe = Probe(load_config(config_path, [*overrides, *extra]))
+        metrics: list[dict[str, Any]] = []
+        while probe.iteration < probe.config.iterations:
+            metrics.append(probe.iterate())
+            if not quiet:
+                show(metrics[-1], probe.rows[-1])
+        probe.close()
+    return probe.rows, metrics
+
+
+def show(metrics: dict[str, Any], row: dict[str, float]) -> None:
+    """Prints the line of an iteration."""
+    print(
+        f"{metrics['iteration']:>3}  success {metrics['success']:.2f}  "
+        f"pair accuracy {metrics.get('pair_accuracy', float('nan')):.2f} "
+        f"(per turn {metrics.get('pair_accuracy_per_turn', float('nan')):.2f})  "
+        + "  ".join(f"{name} {value:+.2f}" for name, value in row.items()),
+        flush=True,
+    )
+
+
+def print_variants(config_path: str, names: list[str], seeds: list[int], overrides: list[str]) -> dict[str, Any]:
+    """Runs every variant with every seed; prints a markdown table: means over seeds, first / later half of a run."""
+    out: dict[str, Any] = {}
+    print(f"| variant | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}", flush=True)
+    for name in names:
+        halves: list[dict[str, list[float]]] = [{}, {}]
+        for seed in seeds:
+            rows, metrics = probe_run(config_path, [*VARIANTS[name], *overrides, f"seed={seed}"], quiet=True)
+            for i, (row, record) in enumerate(zip(rows, metrics, strict=True)):
+                for column in COLUMNS:
+                    value = row.get(column, record.get(column))
+                    if value is not None and np.isfinite(value):
+                        halves[2 * i // len(rows)].setdefault(column, []).append(value)
+        out[name] = [{column: fmean(values) for column, values in half.items()} for half in halves]
+        cells = [" / ".join(f"{half.get(column, float('nan')):.2f}" for half in out[name]) for column in COLUMNS]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--json", help="write every figure to this file")
-    arguments, more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(arguments.config, [*arguments.overrides, *more, f"run_dir={folder}", "eval.every=0"])
-
-        def show(metrics: dict[str, Any]) -> None:
-            row = probe.rows[-1]
-            print(
-                f"{metrics['iteration']:>3}  success {metrics['success']:.2f}  "
-                f"pair accuracy {metrics.get('pair_accuracy', float('nan')):.2f} "
-                f"(per turn {metrics.get('pair_accuracy_per_turn', float('nan')):.2f})  "
-                + "  ".join(f"{name} {value:+.2f}" for name, value in row.items()),
-                flush=True,
-            )
-
-        probe = Probe(config, on_iteration=show)
-        metrics = []
-        while probe.iteration < config.iterations:
-            metrics.append(probe.iterate())
-            show(metrics[-1])
-        probe.close()
-    means = {name: fmean(row[name] for row in probe.rows) for name in probe.rows[0]}
-    late = {name: fmean(row[name] for row in probe.rows[len(probe.rows) // 2 :]) for name in probe.rows[0]}
+    parser.add_argument("--variants", help="'all', or names from the table, separated by ';'")
+    parser.add_argument("--seeds", default="0", help="of --variants")
+    arguments = parser.parse_intermixed_args()
+    if arguments.variants:
+        names = list(VARIANTS) if arguments.variants == "all" else arguments.variants.split(";")
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        result = print_variants(arguments.config, names, seeds, arguments.overrides)
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(result, file, indent=1)
+        return
+    rows, metrics = probe_run(arguments.config, arguments.overrides)
+    means = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    late = {name: fmean(row[name] for row in rows[len(rows) // 2 :]) for name in rows[0]}
     print("mean      ", "  ".join(f"{name} {value:+.3f}" for name, value in means.items()))
     print("later half", "  ".join(f"{name} {value:+.3f}" for name, value in late.items()))
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"mean": means, "later_half": late, "rows": probe.rows, "metrics": metrics}, file)
+            json.dump({"mean": means, "later_half": late, "rows": rows, "metrics": metrics}, file)
 
 
 if __name__ == "__main__":

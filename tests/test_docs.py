@@ -26,7 +26,9 @@ from agentrl.credit import credit_names, load_credit
 from agentrl.envs import registry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("environments/*/*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("environments/*/*.md")]
+)
 OUTSIDE = ("run.yaml",)
 """Files that a reader would write."""
 
@@ -128,7 +130,9 @@ def blocks_of_output(page: Path) -> str:
 
 def assert_metrics_are_documented(path: Path) -> None:
     table = (ROOT / "docs" / "cli.md").read_text().partition("## Metrics")[2]
-    documented = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
     records = [json.loads(line) for line in path.read_text().splitlines()]
     written = {key for record in records for key in record}
     assert len(records) > 1
@@ -168,7 +172,9 @@ def test_all_commands_are_shown_somewhere() -> None:
     assert {"envs", "collect", "init-model", "sft", "train", "eval"} <= shown
 
 
-@pytest.mark.parametrize(("block", "words"), commands(), ids=lambda v: " ".join(v[:2]) if isinstance(v, list) else place(v))
+@pytest.mark.parametrize(
+    ("block", "words"), commands(), ids=lambda v: " ".join(v[:2]) if isinstance(v, list) else place(v)
+)
 def test_commands_parse(block: Block, words: list[str]) -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")

@@ -30,7 +30,12 @@ def register(env_id: str, entry_point: Any, *, max_turns: int | None = None, sum
     _OURS[env_id] = summary
     if env_id not in gym.registry:
         gym.register(
-            env_id, entry_point, max_episode_steps=max_turns, kwargs=kwargs, disable_env_checker=True, order_enforce=False
+            env_id,
+            entry_point,
+            max_episode_steps=max_turns,
+            kwargs=kwargs,
+            disable_env_checker=True,
+            order_enforce=False,
         )
 
 

@@ -154,10 +154,8 @@ def _attention(
     """The function behind ``attn_implementation="agentrl"``; shapes as `transformers` gives them (B, heads, L, D)."""
     if ragged is None:
         plain: Any = AttentionInterface()["sdpa"]
-        out: torch.Tensor = plain(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )[0]
-        return out, None
+        out = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return out[0], None
     for option in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ModelError(f"{type(module).__name__} uses {option}, which ragged attention does not support yet")

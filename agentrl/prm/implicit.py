@@ -4,9 +4,9 @@ A causal LM phi whose log-ratio to a reference is a reward for every token, trai
 
     Q_i = beta sum_k w_k (s_phi[k] - s_ref[k])            w = 1 (`score: sum`) or 1/T_i (`score: mean`)
 
-order the pairs of a group by outcome (w = 0 below `min_probability`). `s` is the log-prob, or with `centred` the log-prob minus its expectation under
-the policy that acts: then the expected reward of every turn is zero, and length alone moves nothing (the plain form
-gives every turn -beta KL <= 0 on average, so that longer means lower).
+order the pairs of a group by outcome (w = 0 below `min_probability`). `s` is the log-prob, or with `centred` the
+log-prob minus its expectation under the policy that acts: then the expected reward of every turn is zero, and length
+alone moves nothing (the plain form gives every turn -beta KL <= 0 on average, so that longer means lower).
 
 The update is exact whatever the micro-batch: pass 1 scores without gradient, the loss is differentiated with respect to
 the N scores, pass 2 back-propagates sum_k dL/dQ_i beta w_k s_phi[k] row by row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -128,4 +129,4 @@ def _rows(store: Tensor, where: slice | Tensor) -> Tensor:
 
 def _equal_runs(values: Sequence[int]) -> list[tuple[int, int]]:
     bounds = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))

@@ -1,9 +1,9 @@
 """Runs that die, or are told to stop, at a chosen moment: ``python doomed.py JOBS.json MODEL``.
 
 JOBS.json holds a list of jobs; each is an `agentrl` command in a process of its own, forked once the heavy packages are
-loaded (a model takes them all). ``plan`` gives signals to the process when the environment is reset for the n-th time, ``dies_writing`` kills it
-when the n-th checkpoint is complete under its temporary name. How each job ended goes to standard output as JSON:
-an exit code, or minus the signal.
+loaded (a model takes them all). ``plan`` gives signals to the process when the environment is reset for the n-th time,
+``dies_writing`` kills it when the n-th checkpoint is complete under its temporary name. How each job ended goes to
+standard output as JSON: an exit code, or minus the signal.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "policy_update__minibatches": 2,
     "policy_update__schedule": "cosine",
 }
-"""Environment resets: 1-4 evaluate, 5-28 play iterations 1-3, 29-32 evaluate, 33-40 play iteration 4, four at a time."""
+"""Environment resets: 1-4 evaluate, 5-28 play iterations 1-3, 29-32 evaluate, 33-40 play iteration 4; four at once."""
 IN_ITERATION_3, IN_EVALUATION, IN_ITERATION_4 = 26, 30, 38
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("agentrl.train.checkpoint._sync", full)
-    with pytest.raises(UserError, match=r"cannot write checkpoint .*000002.*No space left.*earlier checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*000002.*No space left.*earlier .* untouched"):
         write(tmp_path, 2, parts, keep=1)
     assert content(tmp_path) == before
 

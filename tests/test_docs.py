@@ -98,10 +98,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry._OURS.update(ours)
 
 
+ELSEWHERE = {ROOT / "docs" / "offline.md": ROOT / "tests" / "test_trainer.py"}
+"""Pages whose code starts from a finished run, and the tests that have one and run it."""
+
 RUNNABLE = [page for page in PAGES if any("signatures" not in block.options for block in blocks(page, "python"))]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=place)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page not in ELSEWHERE], ids=place)
 def test_python_runs_as_written(page: Path, fresh: Path) -> None:
     """The blocks of a page run one after the other, in one namespace, as a reader would run them."""
     namespace: dict[str, Any] = {"__name__": page.stem}
@@ -119,6 +122,13 @@ def test_python_runs_as_written(page: Path, fresh: Path) -> None:
         assert_metrics_are_documented(metrics)
     if page.parent.name == "sokoban":
         assert said.getvalue().split() == blocks_of_output(page).split()
+
+
+@pytest.mark.parametrize(("page", "tests"), ELSEWHERE.items(), ids=place)
+def test_python_that_needs_a_run_is_run_elsewhere(page: Path, tests: Path) -> None:
+    code = tests.read_text(encoding="utf-8")
+    assert page.name in code
+    assert all(f"snippet({number})" in code for number in range(len(blocks(page, "python"))))
 
 
 def blocks_of_output(page: Path) -> str:

@@ -13,23 +13,20 @@ from typing import Any
 import pytest
 import torch
 from helpers import perturbed
-from toys import SOKOBAN, WORDS, Echo, parrot, run_config, timeless
+from toys import SOKOBAN, Echo, parrot, run_config, timeless
 
 from agentrl.batch import build_batch, score
 from agentrl.buffer import read_jsonl
-from agentrl.config import EnvConfig, load_config
+from agentrl.config import load_config
 from agentrl.envs import register
-from agentrl.errors import AgentRLError, ConfigError, InfrastructureError, NonFiniteError, UserError
+from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, InfrastructureError, NonFiniteError, UserError
 from agentrl.models.load import load_model
 from agentrl.policy import _REGISTERED, register_policy
-from agentrl.rollout import Collector
 from agentrl.train.checkpoint import checkpoints
 from agentrl.train.metrics import read_metrics
 from agentrl.train.trainer import Trainer, train
 from agentrl.types import StopReason
 from policies.transformers import TransformersPolicy
-
-ECHO: dict[str, Any] = {"env": {"id": "Echo-v0"}, "rollout__history": "full"}
 
 
 def never(trajectory: Any) -> None:
@@ -74,11 +71,18 @@ def test_the_seed_decides_every_number(method: str, tmp_path: Path, warm: Path) 
     assert runs["one"][1] != runs["other"][1]
 
 
+RUN: dict[str, Any] = {
+    "env": SOKOBAN | {"kwargs": {**SOKOBAN["kwargs"], "reward": "shaped"}},
+    "credit__method": "oprl",
+    "eval": {"every": 2, "episodes": 6},
+}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Path:
     """Folder of a finished run with evaluations."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(run_config(folder, warm, credit__method="oprl", eval={"every": 2, "episodes": 6}))
+    train(run_config(folder, warm, **RUN))
     return folder
 
 
@@ -87,9 +91,7 @@ def test_a_run_leaves_what_it_promises(run: Path, warm: Path) -> None:
     assert [record["iteration"] for record in records] == [0, 1, 2, 3]
     assert [bool(record.get("eval")) for record in records] == [True, False, True, True]
     assert records[0]["eval"]["success"]["episodes"] == 6
-    assert load_config(run / "config.yaml") == run_config(
-        run, warm, credit__method="oprl", eval={"every": 2, "episodes": 6}
-    )
+    assert load_config(run / "config.yaml") == run_config(run, warm, **RUN)
     assert "2 groups x 4 = 8 episodes" in (run / "plan.txt").read_text()
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["iteration-000002", "iteration-000003"]
     assert not list(run.rglob(".*"))
@@ -115,7 +117,7 @@ def test_every_iteration_plays_new_tasks_in_whole_groups(run: Path) -> None:
 def test_a_pool_of_tasks_is_dealt_evenly(tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]) -> None:
     trainer = trainer_of(run_config(tmp_path / "run", warm, rollout__tasks=5, rollout__groups=2))
     dealt = []
-    for trainer.iteration in range(5):  # noqa: B020
+    for trainer.iteration in range(5):
         dealt += [task.seed for task in trainer.tasks()]
     assert len(set(dealt)) == 5
     assert sorted(dealt[:5]) == sorted(dealt[5:])
@@ -199,7 +201,7 @@ def stopped(tmp_path: Path, warm: Path) -> tuple[Trainer, dict[str, bytes]]:
 
 
 def spoil(model: Any) -> None:
-    """Makes the log-probs of a copy NaN where it is trained, and leaves those that were sampled."""
+    """Makes every log-prob of `model` NaN."""
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
 
@@ -266,7 +268,7 @@ class Fated(Echo):
         if fate == "fail":
             raise ConnectionError("the game server is gone")
         if fate == "silence":
-            raise TimeoutError
+            raise DeadlineExceeded("no word from the game server")
         observation, reward, done, info = super().next(right)
         return observation, reward, done, info | ({"success": fate == "win"} if fate != "play" else {})
 
@@ -524,7 +526,7 @@ def test_evaluation_uses_held_out_settings_and_changes_nothing(
 def test_stored_trajectories_give_the_same_batch(run: Path) -> None:
     stored = read_jsonl(run / "trajectories" / "iteration-000001.jsonl")
     batch = build_batch(stored)
-    assert batch.index.K == read_metrics(run)[2]["action_tokens"]
+    assert read_metrics(run)[2]["action_tokens"] == batch.index.K
     assert batch.tokens == read_metrics(run)[2]["tokens"]
     # Iteration 1 was played by the weights that version 1 names: those before its update. They are gone; the next
     # iteration's are in the checkpoint.
@@ -558,12 +560,15 @@ def test_documented_scoring_under_another_rule(documented: Path) -> None:
     exec(snippet(0), names)
     episodes = names["episodes"]
     assert len(episodes) == 3 * 8
+    assert {episode.success for episode in episodes} == {True, False}
     for episode in episodes:
-        assert episode.outcome == pytest.approx(sum(turn.reward for turn in episode.turns))
-        assert episode.success == (episode.outcome > 0.5)
+        paid = sum(sum(turn.info["reward_parts"].values()) for turn in episode.turns)
+        assert episode.outcome == pytest.approx(paid)
+        assert episode.outcome not in (0.0, 1.0)  # what it was under the rule of the run
+        assert episode.success == (paid > 0.5)
 
 
-def test_documented_training_of_a_prm(documented: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_training_of_a_prm_and_a_policy(documented: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(snippet(0), names)
     exec(snippet(1), names)
@@ -575,9 +580,8 @@ def test_documented_training_of_a_prm(documented: Path, capsys: pytest.CaptureFi
     batch = names["batch"]
     assert names["reward"].shape == (batch.index.K,)
     assert (documented.parent / "prm" / "model.safetensors").exists()
-    assert EnvConfig(**SOKOBAN).id == episodes_env(names)
-    assert Collector
-
-
-def episodes_env(names: dict[str, Any]) -> str:
-    return str(names["episodes"][0].env)
+    exec(snippet(2), names)
+    assert names["advantage"].step.any()
+    assert names["metrics"]["policy_grad_norm"] > 0
+    trained, start = names["student"].state_dict(), load_model(documented / "model").state_dict()
+    assert not all(torch.equal(tensor, start[name]) for name, tensor in trained.items())

@@ -90,7 +90,7 @@ def _show_environment(env_id: str) -> None:
     base: Any = world.unwrapped
     limit = None if world.spec is None else world.spec.max_episode_steps
     rows = [
-        ("what the agent does", environment_ids().get(env_id, "")),
+        ("what the agent does", environment_ids().get(env_id.rpartition(":")[2], "")),
         ("turn limit", limit),
         ("arguments (--env-arg)", signature(type(base), leave_out=("render_mode",))),
     ]

@@ -243,8 +243,8 @@ class Trainer:
         """
         try:
             collected = self.collector.collect(self.tasks(), seed=self.config.seed, iteration=self.iteration)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"iteration {self.iteration}: {error}; {self._last_good()}") from error
+        except (InfrastructureError, NonFiniteError) as error:
+            raise type(error)(f"iteration {self.iteration}: {error}; {self._last_good()}") from error
         if self.config.buffer.write_trajectories:
             path = self.run_dir / "trajectories" / f"iteration-{self.iteration:06d}.jsonl"
             write_jsonl(path, [*collected.trajectories, *collected.failed])

@@ -80,11 +80,10 @@ class SlotPlan:
         cache.reserve(max(slots) + 1, max(p + n for p, n in zip(past, new, strict=True)))
         self.slot, self.positions = (torch.tensor(x, device=device) for x in (slots, past))
         if max(new) > 1:
-            length = torch.tensor(new, device=device)
-            start = length.cumsum(0) - length
-            self.slot = self.slot.repeat_interleave(length)
-            inside = torch.arange(len(self.slot), device=device) - start.repeat_interleave(length)
-            self.positions = self.positions.repeat_interleave(length) + inside
+            total, length = sum(new), torch.tensor(new, device=device)
+            inside = torch.arange(total, device=device) - _repeat(length.cumsum(0) - length, length, total)
+            self.slot = _repeat(self.slot, length, total)
+            self.positions = _repeat(self.positions, length, total) + inside
         self._runs = [self._run(first, last, slots, past, new, device) for first, last in _equal_runs(new)]
 
     def _run(
@@ -120,6 +119,11 @@ class SlotPlan:
                 out = sdpa(q, k, v, scale, mask=run.mask)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _repeat(values: Tensor, times: Tensor, total: int) -> Tensor:
+    # Told the total, a GPU need not wait for it.
+    return values.repeat_interleave(times, output_size=total)
 
 
 def _rows(store: Tensor, where: slice | Tensor) -> Tensor:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo test test-all lint format bench compare signal clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,12 @@ format: $(VENV)/installed  ## format the code
 bench: $(VENV)/installed  ## speed of one iteration, and of the sampler against model.generate
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/sampler.py
+
+compare: $(VENV)/installed  ## OPRL, RLOO, GRPO and OPRL as published, 3 seeds each, from the demo's base model (about 30 minutes)
+	$(RUN) benchmarks/compare.py --methods oprl,rloo,grpo,oprl-paper iterations=50
+
+signal: $(VENV)/installed  ## turn rewards against the exact advantage of every turn (about 15 minutes)
+	$(RUN) benchmarks/credit_signal.py configs/sokoban_oprl.yaml --variants all iterations=16 rollout.groups=16
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -105,6 +106,14 @@ def generate(
 def _upto_stop(ids: list[int], stop: Collection[int]) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     return ids[: end + 1]
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    """Sets torch's threads: those asked for; else one for the tiny model, which a busy neighbour would slow most."""
+    if options.threads is None and options.shape == "tiny":
+        options.threads = 1
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
 
 
 def synchronise(device: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SHAPES, generate, make_model, paired, show, surroundings, table, write_json
+from common import SHAPES, generate, make_model, paired, set_threads, show, surroundings, table, write_json
 
 from agentrl.policy import PolicyRequest, Sampling
 from policies.transformers.sampler import Sampler
@@ -42,7 +42,9 @@ class Episodes:
         vocab = SHAPES[options.shape]["vocab_size"]
         self.stop = frozenset(range(0, vocab, 32))
         random = np.random.default_rng(options.seed)
-        sizes = random.integers(options.observation // 2, options.observation * 3 // 2 + 1, (options.batch, options.turns))
+        sizes = random.integers(
+            options.observation // 2, options.observation * 3 // 2 + 1, (options.batch, options.turns)
+        )
         self.observations = [[random.integers(1, vocab, size=max(1, n)).tolist() for n in row] for row in sizes]
 
     def ours(self, temperature: float) -> Actions:
@@ -115,7 +117,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         # Drawn actions differ, and so do their numbers of tokens: rates are compared, not seconds.
         rates = {side: [tokens[side] / s for s in both[side][0]] for side in sides}
         figures: dict[str, Any] = {
-            side: {"tokens": tokens[side], "tokens_per_second": statistics.median(rates[side]), "peak_mb": both[side][1]}
+            side: {
+                "tokens": tokens[side],
+                "tokens_per_second": statistics.median(rates[side]),
+                "peak_mb": both[side][1],
+            }
             for side in sides
         }
         figures["ratio"] = statistics.median(a / b for a, b in zip(rates["ours"], rates["generate"], strict=True))
@@ -131,22 +137,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of passes; weights: float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of passes; weights: float32"
+    )
     parser.add_argument("--batch", type=int, default=32, help="episodes")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--observation", type=int, default=64, help="mean tokens of an observation")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="token limit of an action")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU (tiny: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    set_threads(options)
     result = run(options)
     write_json(options.json, result)
     return result

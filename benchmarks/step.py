@@ -7,7 +7,7 @@ Trajectories: 10 turns each, 80 % of the tokens are observations, ragged, so tha
 full; random ids and random weights, seeded. The actions are what the model samples there, with their log-probs.
 
 Phases: *sampling* all turns; *scoring* every action token; the *PRM update* (pass 1 without gradient, pass 2 with,
-AdamW); the *policy update* (clipped surrogate, AdamW). Learning rates are far below rounding, so that every repeat does
+AdamW); the *policy update* (clipped surrogate, AdamW). The learning rate is 1e-9: the weights stay, and every repeat does
 the same work.
 
 The padded side is what one writes with the library alone, at its best: sampling is `generate` on left-padded prompts
@@ -38,6 +38,7 @@ from common import (
     make_model,
     matmul_peak,
     paired,
+    set_threads,
     show,
     surroundings,
     table,
@@ -45,13 +46,13 @@ from common import (
 )
 
 from agentrl.batch import Batch, build_batch, score
-from agentrl.batch.index import Index
+from agentrl.batch.index import Index, segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PolicyUpdateConfig, PRMConfig
 from agentrl.models.attention import precision
 from agentrl.policy import PolicyRequest, Sampling
 from agentrl.prm import ImplicitPRM
-from agentrl.prm.loss import PairTensors
+from agentrl.prm.loss import PairTensors, pair_loss
 from agentrl.train.policy_loss import policy_loss, token_weights
 from agentrl.train.policy_update import update_policy
 from agentrl.types import Trajectory, Turn
@@ -64,7 +65,9 @@ FILL = 0.36
 OBSERVED = 0.8
 GROUP = 8
 TOLERANCE = 1e-4
-LR = 1e-30
+LR = 1e-9
+AS_PUBLISHED: dict[str, Any] = {"lr": LR, "score": "sum", "centred": False, "reference": "behaviour", "loss": "dpo"}
+"""The PRM's loss: trajectory-level DPO against the policy that played."""
 PHASES = {"sampling": 1, "scoring": 1, "PRM update": 4, "policy update": 3}
 """Each phase's cost in forward passes."""
 
@@ -79,7 +82,7 @@ class Task:
             options.trajectories, options.action_tokens, SHAPES[options.shape]["vocab_size"], options.seed
         )
         self.policy_config = PolicyUpdateConfig(lr=LR, tokens_per_microbatch=options.budget)
-        self.prm = ImplicitPRM(self.model, None, PRMConfig(lr=LR), PairConfig(), budget=options.budget)
+        self.prm = ImplicitPRM(self.model, None, PRMConfig(**AS_PUBLISHED), PairConfig(), budget=options.budget)
         self.trajectories = Ours(self).sampling()
         self.outcome = torch.tensor([t.outcome for t in self.trajectories])
         self.pairs = PairTensors.of(preference_pairs(self.trajectories, PairConfig(), seed=0))
@@ -204,9 +207,12 @@ class Padded:
         return self._score()
 
     def prm_update(self) -> None:
-        task, prm = self.task, self.task.prm
-        _, weight = prm.token_weights(self.index, task.outcome, task.pairs, self._score() - self.behaviour)
-        self._step(prm.config.grad_clip, lambda new, k: (new * weight[k].to(new)).sum())
+        task, config, traj = self.task, self.task.prm.config, self.index.traj_of_token
+        scores = config.beta * segment_sum(self._score() - self.behaviour, traj, self.index.N)
+        scores.requires_grad_(True)
+        (slope,) = torch.autograd.grad(pair_loss(scores, task.pairs), scores)
+        weight = config.beta * slope[traj]
+        self._step(config.grad_clip, lambda new, k: (new * weight[k].to(new)).sum())
 
     def policy_update(self) -> None:
         task, index = self.task, self.index
@@ -361,7 +367,7 @@ def report(result: dict[str, Any]) -> None:
     print(f"iteration: ours {seconds['ours']:.2f} s, padded {seconds['padded']:.2f} s, {seconds['ratio']:.1f}x")
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
@@ -373,15 +379,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--budget", type=int, default=16384, help="tokens of one forward pass, padding included")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU (tiny: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     if options.trajectories < GROUP or options.trajectories % GROUP:
         parser.error(f"--trajectories {options.trajectories}: give a multiple of {GROUP}")
     if options.action_tokens is None:
         options.action_tokens = 4 if options.shape == "tiny" else 32
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    set_threads(options)
     result = run(options)
     write_json(options.json, result)
     return result

@@ -97,9 +97,10 @@ def make_base(settings: RunConfig, out: Path, demonstrations: int) -> None:
         tasks = [Task(first + i, str(first + i)) for i in range(max(1, round(share * demonstrations)))]
         first += len(tasks)
         progress = EpisodeProgress(f"demonstrations, skill {skill:g}", len(tasks))
-        with progress, Collector(
-            teacher, settings.env, RolloutConfig(), OutcomeConfig(), on_episode=progress
-        ) as collector:
+        with (
+            progress,
+            Collector(teacher, settings.env, RolloutConfig(), OutcomeConfig(), on_episode=progress) as collector,
+        ):
             episodes = collector.collect(tasks, seed=settings.seed).trajectories
         with step_progress(f"cloning, lesson {number}") as on_step:
             sft(

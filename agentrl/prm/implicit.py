@@ -26,7 +26,7 @@ from agentrl.batch import Batch, Centre, TokenScores, build_batch, hidden_states
 from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PRMConfig
-from agentrl.errors import NonFiniteError
+from agentrl.errors import AgentRLError, NonFiniteError
 from agentrl.prm.loss import PairTensors, pair_accuracy, pair_loss
 from agentrl.types import Trajectory
 
@@ -149,8 +149,12 @@ class ImplicitPRM:
         sample = self._sample_parameters()
         self.optimizer.step()
         self.updates += 1
-        moved = (self._sample_parameters() - sample).norm() / sample.norm()
-        return {"prm_loss": loss, "prm_grad_norm": grad_norm, "prm_moved": float(moved)}
+        moved = float((self._sample_parameters() - sample).norm() / sample.norm())
+        if moved == 0 and grad_norm > 0:
+            raise AgentRLError(
+                f"the PRM did not move although its gradient norm is {grad_norm:.3g}: is prm.lr too small?"
+            )
+        return {"prm_loss": loss, "prm_grad_norm": grad_norm, "prm_moved": moved}
 
     def token_weights(
         self, batch: Batch, outcome: Tensor, pairs: PairTensors, log_ratio: Tensor

@@ -36,8 +36,13 @@ def plot_run(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     trained = [m for m in metrics if "success" in m]
-    axes.plot([m["iteration"] for m in trained], [m["success"] for m in trained], color="#9ab8d8", lw=1.2,
-              label="training episodes")
+    axes.plot(
+        [m["iteration"] for m in trained],
+        [m["success"] for m in trained],
+        color="#9ab8d8",
+        lw=1.2,
+        label="training episodes",
+    )
     points = held_out_points(metrics)
     if points:
         x, value, low, high = zip(*points, strict=True)
@@ -45,8 +50,13 @@ def plot_run(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str)
         axes.plot(x, value, color="#1f5fa8", marker="o", ms=4, lw=2, label="held-out levels (95 % interval)")
     accuracy = [(m["iteration"], m["pair_accuracy_per_turn"]) for m in trained if "pair_accuracy_per_turn" in m]
     if accuracy:
-        axes.plot(*zip(*accuracy, strict=True), color="#c77b2b", lw=1, ls="--",
-                  label="PRM: new pairs ordered right (mean per turn)")
+        axes.plot(
+            *zip(*accuracy, strict=True),
+            color="#c77b2b",
+            lw=1,
+            ls="--",
+            label="PRM: new pairs ordered right (mean per turn)",
+        )
     axes.set(title=title, xlabel="iteration", ylabel="share", ylim=(0, 1))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     axes.grid(alpha=0.25)

@@ -46,20 +46,24 @@ class Console:
 
 
 def line_of(metrics: dict[str, Any], iterations: int) -> str:
-    """Returns one line: success of training episodes, PRM health, seconds by part, held-out success where measured."""
+    """Returns one line of at most 80 columns.
+
+    Success and turns of the training episodes, share of new pairs that the PRM ordered right, entropy (nats per token),
+    seconds, and held-out success with its interval where it was measured.
+    """
     parts = [f"[bold]{metrics['iteration']:>4}[/]/{iterations}"]
     if "success" in metrics:
-        parts.append(f"train {metrics['success']:6.1%}  turns {metrics['turns']:4.1f}")
-    if "pair_accuracy" in metrics:
-        parts.append(f"prm acc {metrics['pair_accuracy']:.2f} skill {metrics.get('prm_skill', 0):.2f}")
-    if "kl_behaviour" in metrics:
-        parts.append(f"ent {metrics['entropy']:.2f}  clip {metrics['clip_fraction']:.2f}")
+        parts.append(f"train {metrics['success']:4.0%}  turns {metrics['turns']:4.1f}")
+    if "pair_accuracy_per_turn" in metrics:
+        parts.append(f"prm {metrics['pair_accuracy_per_turn']:.2f}")
+    if "entropy" in metrics:
+        parts.append(f"ent {metrics['entropy']:.2f}")
     if "seconds" in metrics:
-        seconds = metrics["seconds"]
-        parts.append(f"{sum(seconds.values()):5.1f}s")
+        parts.append(f"{sum(metrics['seconds'].values()):.1f}s")
     if metrics.get("episodes_failed"):
         parts.append(f"[red]{metrics['episodes_failed']} failed[/]")
     if "eval" in metrics:
         success = metrics["eval"]["success"]
-        parts.append(f"[green]held-out {success['value']:.1%} [{success['low']:.1%}, {success['high']:.1%}][/]")
+        low, high = 100 * success["low"], 100 * success["high"]
+        parts.append(f"[green]held-out {success['value']:.0%} ({low:.0f}-{high:.0f})[/]")
     return "  ".join(parts)

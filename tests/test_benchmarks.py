@@ -1,0 +1,134 @@
+"""The benchmarks run, say what they should, and refuse to time two things that are not the same."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+STEP = ["--trajectories", "8", "--action-tokens", "2", "--repeat", "1", "--budget", "512"]
+SAMPLER = ["--batch", "4", "--turns", "2", "--observation", "8", "--max-new-tokens", "4", "--repeat", "1"]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as its command does: from its own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_the_step_benchmark_prints_and_writes_every_figure(load, tmp_path, capsys):
+    file = tmp_path / "step.json"
+    result = load("step").main([*STEP, "--json", str(file)])
+    assert json.loads(file.read_text()) == result
+    assert set(result["phases"]) == {"sampling", "scoring", "prm_update", "policy_update"}
+    for row in result["phases"].values():
+        assert row["ratio"] > 0
+        for side in ("ours", "padded"):
+            assert row[side]["seconds"] > 0
+            assert row[side]["tokens_per_second"] > 0
+            assert 0 < row[side]["mfu"] < 1
+    scoring = result["phases"]["scoring"]["ours"]
+    assert scoring["tokens_per_second"] == pytest.approx(result["tokens"] / scoring["seconds"])
+    assert set(result["difference"]) == {
+        "logprob",
+        "prm_update_gradient",
+        "policy_update_gradient",
+        "sampled_logprob",
+    }
+    assert max(result["difference"].values()) < 1e-4
+    assert {"torch", "transformers", "threads", "device"} <= set(result["surroundings"])
+    printed = capsys.readouterr().out
+    for part in ("sampling", "scoring", "prm update", "policy update", "ours/padded", "peak", "seed=0", "threads=1"):
+        assert part in printed
+
+
+def test_bfloat16_passes_run_on_the_same_weights(load):
+    result = load("step").main([*STEP, "--dtype", "bfloat16"])
+    assert max(result["difference"][name] for name in ("logprob", "prm_update_gradient")) < 1e-4
+    assert 1e-4 < result["difference"]["sampled_logprob"] < 0.5
+
+
+@pytest.mark.parametrize(("method", "error"), [("_logprobs", 1e-3), ("_score", 1e-3), ("_step", None)])
+def test_a_baseline_that_computes_something_else_is_not_timed(load, monkeypatch, method, error):
+    step = load("step")
+    plain = getattr(step.Padded, method)
+
+    def wrong(self, *args):
+        if error is not None:
+            return plain(self, *args) + error
+        clip, loss = args
+        return plain(self, clip, lambda new, k: 1.001 * loss(new, k) + 1e-3 * new.sum())
+
+    monkeypatch.setattr(step.Padded, method, wrong)
+    with pytest.raises(SystemExit, match="do not compute the same thing"):
+        step.main(STEP)
+
+
+@pytest.mark.parametrize(("n", "action"), [(16, 8), (32, 4), (64, 32)])
+def test_synthetic_episodes_have_the_share_of_observations_and_the_fill_that_they_claim(load, n, action):
+    observations, limits = load("step").ragged_episodes(n, action, 512, seed=1)
+    observed = np.array([sum(map(len, turns)) for turns in observations])
+    lengths = observed + limits.sum(1)
+    assert {len(turns) for turns in observations} == {10}
+    assert observed.sum() / lengths.sum() == pytest.approx(0.8, abs=0.02)
+    assert lengths.mean() / lengths.max() == pytest.approx(0.36, abs=0.04)
+
+
+def test_the_flops_of_a_forward_pass_are_those_that_torch_counts(load):
+    step = load("step")
+    options = step.parse(STEP)
+    task = step.Task(options)
+    ours = step.Ours(task)
+    with FlopCounterMode(display=False) as counter:
+        ours.scoring()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(flops for name, flops in counted.items() if str(name).startswith("aten.mm"))
+    config = task.model.config
+    spans = sum(n * (n + 1) / 2 for n in task.lengths)
+    attended = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * spans
+    assert task.flops() - attended == pytest.approx(products, rel=0.01)
+
+
+def test_the_sampler_benchmark_says_the_same_as_generate(load, tmp_path, capsys):
+    file = tmp_path / "sampler.json"
+    result = load("sampler").main([*SAMPLER, "--json", str(file)])
+    assert json.loads(file.read_text()) == result
+    assert result["greedy"]["same_actions"] == 1
+    assert result["greedy"]["ours"]["tokens"] == result["greedy"]["generate"]["tokens"] > 0
+    for name in ("greedy", "temperature_1"):
+        assert result[name]["ratio"] > 0
+        assert result[name]["ours"]["tokens_per_second"] > 0
+    assert "ours/generate" in capsys.readouterr().out
+
+
+def test_different_greedy_actions_end_the_benchmark(load, monkeypatch):
+    sampler = load("sampler")
+    plain = sampler.Episodes.ours
+    monkeypatch.setattr(
+        sampler.Episodes, "ours", lambda self, t: [[ids + [1] for ids in row] for row in plain(self, t)]
+    )
+    with pytest.raises(SystemExit, match="greedy actions differ, first in episode 0, turn 0"):
+        sampler.main(SAMPLER)
+
+
+def test_paired_timing_takes_turns_and_turns_round(load):
+    order = []
+    sides = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
+    timed = load("common").paired(sides, 3, "cpu")
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert all(len(seconds) == 3 for seconds, _ in timed.values())
+
+
+def test_peak_memory_sees_what_was_freed_again(load):
+    memory = load("common").PeakMemory("cpu")
+    if memory.megabytes() is None:
+        pytest.skip("this system does not tell")
+    torch.ones(16 << 20).sum()  # 64 MiB
+    assert memory.megabytes() > 60

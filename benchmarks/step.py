@@ -7,8 +7,8 @@ Trajectories: 10 turns each, 80 % of the tokens are observations, ragged, so tha
 full; random ids and random weights, seeded. The actions are what the model samples there, with their log-probs.
 
 Phases: *sampling* all turns; *scoring* every action token; the *PRM update* (pass 1 without gradient, pass 2 with,
-AdamW); the *policy update* (clipped surrogate, AdamW). The learning rate is 1e-9: the weights stay, and every repeat does
-the same work.
+AdamW); the *policy update* (clipped surrogate, AdamW). The learning rate is 1e-9: the weights stay, and every repeat
+does the same work.
 
 The padded side is what one writes with the library alone, at its best: sampling is `generate` on left-padded prompts
 with a KV cache, the whole context sent again at each turn; the rest is rows padded at the right to the longest, in

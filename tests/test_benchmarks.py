@@ -23,9 +23,17 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def test_the_step_benchmark_prints_and_writes_every_figure(load, tmp_path, capsys):
+@pytest.fixture
+def step(load, monkeypatch):
+    """The step benchmark on short episodes."""
+    module = load("step")
+    monkeypatch.setattr(module, "TURNS", 3)
+    return module
+
+
+def test_the_step_benchmark_prints_and_writes_every_figure(step, tmp_path, capsys):
     file = tmp_path / "step.json"
-    result = load("step").main([*STEP, "--json", str(file)])
+    result = step.main([*STEP, "--json", str(file)])
     assert json.loads(file.read_text()) == result
     assert set(result["phases"]) == {"sampling", "scoring", "prm_update", "policy_update"}
     for row in result["phases"].values():
@@ -49,15 +57,14 @@ def test_the_step_benchmark_prints_and_writes_every_figure(load, tmp_path, capsy
         assert part in printed
 
 
-def test_bfloat16_passes_run_on_the_same_weights(load):
-    result = load("step").main([*STEP, "--dtype", "bfloat16"])
+def test_bfloat16_passes_run_on_the_same_weights(step):
+    result = step.main([*STEP, "--dtype", "bfloat16"])
     assert max(result["difference"][name] for name in ("logprob", "prm_update_gradient")) < 1e-4
     assert 1e-4 < result["difference"]["sampled_logprob"] < 0.5
 
 
 @pytest.mark.parametrize(("method", "error"), [("_logprobs", 1e-3), ("_score", 1e-3), ("_step", None)])
-def test_a_baseline_that_computes_something_else_is_not_timed(load, monkeypatch, method, error):
-    step = load("step")
+def test_a_baseline_that_computes_something_else_is_not_timed(step, monkeypatch, method, error):
     plain = getattr(step.Padded, method)
 
     def wrong(self, *args):
@@ -81,8 +88,7 @@ def test_synthetic_episodes_have_the_share_of_observations_and_the_fill_that_the
     assert lengths.mean() / lengths.max() == pytest.approx(0.36, abs=0.04)
 
 
-def test_the_flops_of_a_forward_pass_are_those_that_torch_counts(load):
-    step = load("step")
+def test_the_flops_of_a_forward_pass_are_those_that_torch_counts(step):
     options = step.parse(STEP)
     task = step.Task(options)
     ours = step.Ours(task)
@@ -112,7 +118,7 @@ def test_different_greedy_actions_end_the_benchmark(load, monkeypatch):
     sampler = load("sampler")
     plain = sampler.Episodes.ours
     monkeypatch.setattr(
-        sampler.Episodes, "ours", lambda self, t: [[ids + [1] for ids in row] for row in plain(self, t)]
+        sampler.Episodes, "ours", lambda self, t: [[[*ids, 1] for ids in row] for row in plain(self, t)]
     )
     with pytest.raises(SystemExit, match="greedy actions differ, first in episode 0, turn 0"):
         sampler.main(SAMPLER)

@@ -138,3 +138,9 @@ def test_sha256_is_of_what_decides_the_result() -> None:
     for override in ("seed=1", "prm.beta=0.051", "credit.options.alpha=1", "eval.episodes=255"):
         assert config_sha256(load_config(None, [override])) != config_sha256(config)
     assert len(config_sha256(config)) == 64
+
+
+def test_held_out_seeds_may_not_be_training_seeds():
+    with pytest.raises(ConfigError, match="held-out tasks would be training tasks"):
+        load_config(None, ["seed=1", "eval.seed=1000100"])
+    load_config(None, ["seed=1", "eval.seed=1000100", "env.eval_kwargs={split: test}"])

@@ -42,7 +42,7 @@ def evaluate(
     model: ModelDir = None,
     episodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tasks; default 256, or the file's.")] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the first task; default 1000000, or the file's.")
+        int | None, typer.Option(metavar="N", help="Of the first task; default 10^12, or the file's.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Of a model's sampling; 0 = greedy.")

@@ -252,7 +252,7 @@ class EvalConfig(Section):
     """Iterations between evaluations, the untrained and the final policy included; 0 = none."""
     episodes: int = Field(default=256, ge=1)
     """Held-out tasks, one episode each."""
-    seed: int = 1_000_000
+    seed: int = 10**12
     """Of the first held-out task; the next has seed + 1."""
     temperature: float | None = Field(default=None, ge=0)
     """None: the rollout's temperature; 0 = greedy."""
@@ -313,9 +313,21 @@ class RunConfig(Section):
                 f"rollout.group_size=1 with credit.method={self.credit.method}: a group of one has no baseline, every "
                 "advantage would be 0; set rollout.group_size to 2 or more"
             )
+        first, last = self.training_seeds()
+        evaluated = range(self.eval.seed, self.eval.seed + self.eval.episodes)
+        if not self.env.eval_kwargs and first < evaluated.stop and evaluated.start <= last:
+            raise ValueError(
+                f"eval.seed={self.eval.seed}: held-out tasks would be training tasks (seeds {first} to {last} with "
+                f"seed={self.seed}); set another eval.seed, or env.eval_kwargs that make them differ"
+            )
         if self.prm.replay_iterations > self.buffer.keep_iterations:
             raise ValueError(
                 f"prm.replay_iterations={self.prm.replay_iterations} but the buffer keeps only "
                 f"buffer.keep_iterations={self.buffer.keep_iterations}; raise the latter"
             )
         return self
+
+    def training_seeds(self) -> tuple[int, int]:
+        """First and last task seed that training can draw."""
+        first = self.seed * 1_000_003
+        return first, first + (self.rollout.tasks or self.iterations * self.rollout.groups) - 1

@@ -50,7 +50,7 @@ def evaluate(
     env: EnvConfig | str,
     *,
     episodes: int = 256,
-    seed: int = 1_000_000,
+    seed: int = 10**12,
     rollout: RolloutConfig | None = None,
     sampling: Sampling | None = None,
     outcome: OutcomeConfig | None = None,

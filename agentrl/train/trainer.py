@@ -177,7 +177,7 @@ class Trainer:
 
     def tasks(self) -> list[Task]:
         """The task instances of this iteration: fresh seeds, or the next ones of a pool dealt in seeded epochs."""
-        rollout, base = self.config.rollout, self.config.seed * 1_000_003
+        rollout, base = self.config.rollout, self.config.training_seeds()[0]
         first = self.iteration * rollout.groups
         places = range(first, first + rollout.groups)
         if rollout.tasks:

@@ -144,3 +144,8 @@ def test_held_out_seeds_may_not_be_training_seeds():
     with pytest.raises(ConfigError, match="held-out tasks would be training tasks"):
         load_config(None, ["seed=1", "eval.seed=1000100"])
     load_config(None, ["seed=1", "eval.seed=1000100", "env.eval_kwargs={split: test}"])
+
+
+def test_a_prm_of_its_own_cannot_be_rebased_on_the_policy():
+    with pytest.raises(ConfigError, match="leave prm.init out"):
+        load_config(None, ["prm.reference=rebase", "prm.init=models/other"])

@@ -179,6 +179,11 @@ class PRMConfig(Section):
     def _holdout_needs_updates(self) -> PRMConfig:
         if self.holdout > 0 and self.updates == 1:
             raise ValueError("prm.holdout stops further updates early: set prm.updates > 1, or prm.holdout=0")
+        if self.reference == "rebase" and self.init is not None:
+            raise ValueError(
+                f"prm.reference=rebase gives the PRM the policy's weights, but prm.init={self.init!r} may be another "
+                "network; leave prm.init out, or set prm.reference=frozen"
+            )
         if self.centred and self.reference == "behaviour" and self.replay_iterations > 1:
             raise ValueError(
                 "prm.centred with prm.reference=behaviour needs the whole distribution of the policy that played each "

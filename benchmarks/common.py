@@ -19,7 +19,7 @@ import transformers
 from agentrl.models.attention import NAME, precision
 from agentrl.models.init import PRESETS
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 512,
         "hidden_size": PRESETS["tiny"].hidden,

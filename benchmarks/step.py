@@ -99,7 +99,7 @@ class Task:
         body = sum(p.numel() for p in self.model.parameters()) - head  # tied: the embedding is the head
         spans = sum(length * (length + 1) / 2 for length in self.lengths)
         attended = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * spans
-        return 2 * body * sum(self.lengths) + 2 * head * len(self.advantage) + attended
+        return float(2 * body * sum(self.lengths) + 2 * head * len(self.advantage) + attended)
 
 
 def ragged_episodes(n: int, action: int, vocab: int, seed: int) -> tuple[list[list[list[int]]], np.ndarray]:
@@ -242,7 +242,8 @@ class Padded:
             part = slice(start, start + step)
             last = first + int(act[part].sum())
             predict = act[part].flatten().nonzero()[:, 0] - 1
-            self.micros.append((*(x.to(task.device) for x in (ids[part], mask[part], predict)), slice(first, last)))
+            row, seen, at = (x.to(task.device) for x in (ids[part], mask[part], predict))
+            self.micros.append((row, seen, at, slice(first, last)))
             first = last
         turns = [turn for t in task.trajectories for turn in t.turns]
         counts = torch.tensor([len(turn.action_ids) for turn in turns])

@@ -147,5 +147,5 @@ def test_held_out_seeds_may_not_be_training_seeds():
 
 
 def test_a_prm_of_its_own_cannot_be_rebased_on_the_policy():
-    with pytest.raises(ConfigError, match="leave prm.init out"):
+    with pytest.raises(ConfigError, match=r"leave prm\.init out"):
         load_config(None, ["prm.reference=rebase", "prm.init=models/other"])

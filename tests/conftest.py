@@ -79,10 +79,12 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hesitant(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that says words at random in ``Echo-v0``."""
+    """A tiny model that knows what to say in ``Echo-v0`` and mostly says something else."""
     from toys import clone, make_model, parrot
 
     from agentrl.config import EnvConfig
 
     env, folder = EnvConfig(id="Echo-v0"), tmp_path_factory.mktemp("echo")
-    return clone(make_model(folder / "random", env), folder / "hesitant", env, parrot(0.0), episodes=1000)
+    blank = make_model(folder / "blank", env, hidden=64)
+    knows = clone(blank, folder / "knows", env, parrot(1.0), 300, epochs=2, batch_tokens=256, lr=5e-3)
+    return clone(knows, folder / "hesitant", env, parrot(0.2), 300, lr=2e-3)

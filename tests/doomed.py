@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agentrl.envs import register
+from toys import register
+
 from environments.sokoban.env import SokobanEnv
 
 TESTS = Path(__file__).parent

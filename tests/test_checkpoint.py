@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from agentrl.errors import DataError, UserError
 from agentrl.models.load import load_model, load_tokenizer
 from agentrl.train.checkpoint import checkpoint_path, checkpoints, read_state, write_checkpoint
 from agentrl.train.metrics import read_metrics
+from agentrl.train.stop import StopRequest
 from agentrl.train.trainer import Trainer, train
 
 SETTINGS: dict[str, Any] = {
@@ -46,7 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "prm": {"lr": 1e-3, "reference": "frozen", "centred": True, "replay_iterations": 2},
         "policy_update__kl_coef": 0.01,
     },
-    "rebase": {"credit__method": "oprl", "prm": {"lr": 1e-3, "reference": "rebase", "rebase_every": 2, "updates": 2}},
+    # The reference moves before iterations 3 and 5; the checkpoint after iteration 3 lies in between.
+    "rebase": {
+        "credit__method": "oprl",
+        "prm": {"lr": 1e-3, "reference": "rebase", "rebase_every": 2, "updates": 2},
+        "checkpoint__every": 3,
+    },
 }
 
 
@@ -114,6 +121,8 @@ def same(one: Path, other: Path) -> None:
     mine, theirs = read_metrics(one), read_metrics(other)
     assert [record["iteration"] for record in mine] == list(range(7))
     assert [timeless(record) for record in mine] == [timeless(record) for record in theirs]
+    elapsed = [record["elapsed"] for record in mine[1:]]
+    assert elapsed == sorted(elapsed)
     files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
     assert files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
     assert Path("model/model.safetensors") in files
@@ -136,7 +145,7 @@ def test_a_run_killed_in_the_middle_of_an_iteration_ends_like_an_unbroken_one(
     run = ended[method]
     assert run.status == -signal.SIGKILL, run.output
     assert [record["iteration"] for record in read_metrics(run.folder)] == [0, 1, 2, 3]
-    assert run.kept == [2]
+    assert run.kept == [3 if method == "rebase" else 2]
     played = {t.success for record in (run.folder / "trajectories").glob("*") for t in read_jsonl(record)}
     assert played == {True, False}
     if method == "rloo":
@@ -200,6 +209,41 @@ def test_a_second_signal_exits_at_once_with_130(ended: dict[str, Ended]) -> None
     assert run.status == 130, run.output
     assert run.kept == [2]
     assert [record["iteration"] for record in read_metrics(run.folder)] == [0, 1, 2]
+
+
+def test_a_signal_during_the_first_evaluation_trains_nothing(
+    warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path / "run", warm, iterations=1, eval={"every": 1, "episodes": 2})
+    real = Trainer.evaluate
+
+    def interrupted(trainer: Trainer) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    result = train(config)
+    assert (result["iteration"], result["interrupted"]) == (0, True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    monkeypatch.setattr(Trainer, "evaluate", real)
+    result = train(config, resume=True)
+    assert (result["iteration"], result["interrupted"]) == (1, False)
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run")] == [0, 1]
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def enter() -> None:
+        with StopRequest() as stop:
+            found.append((handlers(), stop.requested))
+
+    before, found = handlers(), []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(before, False)]
 
 
 def test_signals_are_handled_as_before_once_a_run_has_ended(warm: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import register
 
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
-from agentrl.envs import TextEnv, register
+from agentrl.envs import TextEnv
 from agentrl.errors import AgentRLError, NonFiniteError, UserError
 from agentrl.policy import Policy, PolicyAction
 from agentrl.rollout import Collector, ContextBuilder, Task

@@ -10,10 +10,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from toys import register
 
 from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
-from agentrl.envs import TextEnv, register
-from agentrl.envs.registry import _OURS
+from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, InfrastructureError, UserError
 from agentrl.evaluate import EvalResult, bootstrap_mean, evaluate, wilson
 from agentrl.evaluate.texts import environment_texts
@@ -130,7 +130,6 @@ def echo(observation: Content) -> str:
 def guess() -> Iterator[None]:
     register("Guess-v0", Guess, max_turns=3)
     yield
-    _OURS.pop("Guess-v0")
     gym.registry.pop("Guess-v0")
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import register
 
 import agentrl
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
-from agentrl.envs import TextEnv, register
+from agentrl.envs import TextEnv
 from agentrl.errors import UnknownNameError, UserError
 from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, Sampling
 from agentrl.rollout import Collector, Task, collect, score
@@ -629,7 +630,7 @@ def test_an_environment_that_ignores_its_seed_is_found():
 
 @pytest.mark.parametrize("executor", ["auto", "inline", "thread"])
 def test_what_the_user_must_mend_is_said_at_once(executor):
-    with pytest.raises(UnknownNameError, match="did you mean 'RolloutDice-v0'"):
+    with pytest.raises(UnknownNameError, match="no environment 'RolloutDise-v0'"):
         play(Recorder(), groups(2), "RolloutDise-v0", executor=executor)
     with pytest.raises(UserError, match="cannot be made with"):
         play(Recorder(), groups(2), kwargs={"sise": 6}, executor=executor)

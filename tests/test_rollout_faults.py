@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from toys import register
 
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
-from agentrl.envs import TextEnv, register
+from agentrl.envs import TextEnv
 from agentrl.errors import InfrastructureError, PolicyFailure, UserError
 from agentrl.policy import FunctionPolicy, Policy, PolicyAction
 from agentrl.rollout import Collector, Task

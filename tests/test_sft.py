@@ -34,7 +34,7 @@ def played(policy: Any, env: EnvConfig, episodes: int, history: str = "full", to
 @pytest.fixture(scope="module")
 def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that knows the words of the word game."""
-    return make_model(tmp_path_factory.mktemp("sft") / "blank", ECHO)
+    return make_model(tmp_path_factory.mktemp("sft") / "blank", ECHO, hidden=64)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_a_mapping_is_learnt(history: str, blank: Path, shown: list[Trajectory],
         shown[:200],
         str(tmp_path / "sft"),
         history=history,
-        epochs=4,
-        lr=1e-2,
+        epochs=2,
+        lr=5e-3,
         batch_tokens=256,
         threads=1,
         on_step=lambda state: losses.append(state["loss"]),

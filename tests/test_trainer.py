@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import perturbed
-from toys import SOKOBAN, Echo, parrot, run_config, timeless
+from toys import SOKOBAN, Echo, parrot, register, run_config, timeless
 
 from agentrl.batch import build_batch, score
 from agentrl.buffer import read_jsonl
 from agentrl.config import load_config
-from agentrl.envs import register
 from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, InfrastructureError, NonFiniteError, UserError
 from agentrl.models.load import load_model
 from agentrl.policy import _REGISTERED, register_policy

@@ -45,7 +45,7 @@ compare: $(VENV)/installed  ## OPRL, RLOO, GRPO and OPRL as published, 3 seeds e
 	$(RUN) benchmarks/compare.py --methods oprl,rloo,grpo,oprl-paper iterations=50
 
 signal: $(VENV)/installed  ## turn rewards against the exact advantage of every turn (about 15 minutes)
-	$(RUN) benchmarks/credit_signal.py configs/sokoban_oprl.yaml --variants all iterations=16 rollout.groups=16
+	$(RUN) benchmarks/credit_signal.py configs/sokoban_oprl.yaml --variants all iterations=12 rollout.groups=16
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

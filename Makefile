@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all lint format bench compare signal clean
+.PHONY: help install demo test test-all lint format bench benchmark lab clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,11 +41,11 @@ bench: $(VENV)/installed  ## speed of one iteration, and of the sampler against 
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/sampler.py
 
-compare: $(VENV)/installed  ## OPRL, RLOO, GRPO and OPRL as published, 3 seeds each, from the demo's base model (about 30 minutes)
-	$(RUN) benchmarks/compare.py --methods oprl,rloo,grpo,oprl-paper iterations=50
+benchmark: $(VENV)/installed  ## every credit method, two environments, three seeds; goes on where it stopped (about 2 hours on 2 cores)
+	$(RUN) -m agentrl benchmark benchmarks/suite.yaml
 
-signal: $(VENV)/installed  ## turn rewards against the exact advantage of every turn (about 15 minutes)
-	$(RUN) benchmarks/credit_signal.py configs/sokoban_oprl.yaml --variants all iterations=12 rollout.groups=16
+lab: $(VENV)/installed  ## credit methods against the exact advantage of every turn (about 20 minutes)
+	$(RUN) -m agentrl credit-lab
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

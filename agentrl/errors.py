@@ -71,7 +71,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     """Returns e.g. ``no environment 'sokobn'; did you mean 'sokoban'? (agentrl envs lists all)``."""
     known = sorted(known)
     lowered = {k.lower(): k for k in known}
-    close = [lowered[c] for c in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    # What is far behind the nearest was not meant.
+    ratio = {c: difflib.SequenceMatcher(None, c, name.lower()).ratio() for c in near}
+    close = [lowered[c] for c in near if ratio[c] > ratio[near[0]] - 0.2]
     message = f"no {kind} {name!r}"
     if close:
         message += "; did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -120,6 +120,8 @@ class Trajectory(BaseModel):
     """Seed given to `reset`: with `task` it defines the task instance."""
     instructions: str = ""
     """System prompt."""
+    start_info: dict[str, Any] = Field(default_factory=dict)
+    """The environment's info after `reset` (JSON-compatible part)."""
     turns: list[Turn] = Field(default_factory=list)
     final_observation: Content | None = None
     """What the environment showed after the last action."""

@@ -51,7 +51,7 @@ from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PolicyUpdateConfig, PRMConfig
 from agentrl.models.attention import precision
 from agentrl.policy import PolicyRequest, Sampling
-from agentrl.prm import ImplicitPRM
+from agentrl.prm import ImplicitPRM, PairObjective
 from agentrl.prm.loss import PairTensors, pair_loss
 from agentrl.train.policy_loss import policy_loss, token_weights
 from agentrl.train.policy_update import update_policy
@@ -172,7 +172,7 @@ class Ours:
 
     def prm_update(self) -> None:
         task = self.task
-        task.prm.update(self.batch, task.outcome, task.pairs, self.batch.behaviour)
+        task.prm.update(self.batch, PairObjective(task.pairs, task.outcome), self.batch.behaviour)
 
     def policy_update(self) -> None:
         task = self.task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.batch import build_batch, score
+from agentrl.batch import Index, build_batch, score
+from agentrl.credit import Advantage, Signals, load_credit
 from agentrl.types import Trajectory, Turn
 
 Tensor = torch.Tensor
@@ -85,6 +87,63 @@ def contexts(t: Trajectory) -> list[list[int]]:
         out.append(row)
         row = [*row, *step.action_ids]
     return out
+
+
+TOKEN_FIELDS = ("policy_logprob", "token_reward", "reference_logprob", "entropy", "value")
+TURN_FIELDS = ("turn_reward", "turn_score")
+
+
+def signals_of(
+    trajectories: Sequence[Trajectory], reward: Tensor | None = None, seed: int = 7, **fields: Any
+) -> Signals:
+    """All signals of episodes, drawn from a seeded generator unless given in `fields` (`reward`: token rewards).
+
+    Turns without action tokens hold junk that no method may read; leaving them out changes no other draw.
+    """
+    index = build_batch(trajectories).index
+    acting = index.tokens_per_turn > 0
+    turns = int(acting.sum())
+
+    def generator(stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed + 1000 * stream)
+
+    def per_turn_of(values: Tensor, junk: float) -> Tensor:
+        return torch.full((index.M,), junk).masked_scatter(acting, values)
+
+    keys = iter(torch.randint(4, (turns,), generator=generator(1)).tolist())
+    made: dict[str, Any] = {
+        "outcome": torch.tensor([t.outcome for t in trajectories], dtype=torch.float64),
+        "token_reward": torch.randn(index.K, generator=generator(0)) if reward is None else reward,
+        "policy_logprob": torch.randn(index.K, generator=generator(2)).abs().neg(),
+        "reference_logprob": torch.randn(index.K, generator=generator(3)).abs().neg(),
+        "entropy": torch.rand(index.K, generator=generator(4)),
+        "value": torch.randn(index.K, generator=generator(5)),
+        "turn_reward": per_turn_of(torch.randn(turns, generator=generator(6)), 100.0),
+        "turn_score": per_turn_of(torch.rand(turns, generator=generator(7)), 1.0),
+        "state_key": [f"state {next(keys)}" if act else "junk" for act in acting.tolist()],
+        "names": [t.id for t in trajectories],
+    }
+    return Signals(index, **(made | fields))
+
+
+def rearranged(signals: Signals, index: Index, trajs: Tensor, turns: Tensor, tokens: Tensor) -> Signals:
+    """The signals in another order: entry j of each is entry `trajs[j]`, `turns[j]`, `tokens[j]` of the old one."""
+    given = {name: getattr(signals, name) for name in TOKEN_FIELDS + TURN_FIELDS}
+    return dataclasses.replace(
+        signals,
+        index=index,
+        outcome=signals.outcome[trajs],
+        **{name: given[name][tokens] for name in TOKEN_FIELDS if given[name] is not None},
+        **{name: given[name][turns] for name in TURN_FIELDS if given[name] is not None},
+        state_key=signals.state_key and [signals.state_key[i] for i in turns.tolist()],
+        names=signals.names and [signals.names[i] for i in trajs.tolist()],
+    )
+
+
+def assign(name: str, options: dict[str, Any], signals: Signals) -> Advantage:
+    """The advantage by a registered method."""
+    method, checked = load_credit(name, options)
+    return method(signals, checked)
 
 
 def played_by(model: Any, trajectories: Sequence[Trajectory], temperature: float = 1.0) -> list[Trajectory]:

@@ -296,7 +296,10 @@ def test_another_configuration_is_refused_and_nothing_changes(copied: RunConfig)
     before = content(Path(copied.run_dir))
     other = copied.model_copy(deep=True)
     other.prm.beta = 0.1
-    with pytest.raises(UserError, match=r"another configuration; resume with the one in .*config\.yaml"):
+    with pytest.raises(
+        UserError,
+        match=r"another configuration \(prm\.beta=0\.05 then, 0\.1 now\); resume with the one in .*config\.yaml",
+    ):
         Trainer(other, resume=True)
     assert content(Path(copied.run_dir)) == before
 

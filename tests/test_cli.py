@@ -23,7 +23,7 @@ from agentrl.cli.listing import reflow, signature
 from agentrl.errors import InfrastructureError
 from agentrl.policy import _REGISTERED, FunctionPolicy, PolicyRequest, register_policy
 
-COMMANDS = ["envs", "policies", "collect", "init-model", "sft", "train", "eval"]
+COMMANDS = ["envs", "policies", "collect", "init-model", "sft", "train", "eval", "benchmark"]
 ENV = "Sokoban-v0"
 
 

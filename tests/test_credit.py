@@ -3,41 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from helpers import episodes, per_turn, trajectory, turn
+from helpers import TOKEN_FIELDS, TURN_FIELDS, episodes, per_turn, rearranged, signals_of, trajectory, turn
+from helpers import assign as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentrl.batch import Index, build_batch
+from agentrl.batch import Index
+from agentrl.batch.index import segment_mean
 from agentrl.credit import Signals, credit_names, load_credit
-from agentrl.errors import ConfigError, UnknownNameError
+from agentrl.credit.base import FIELD_OF
+from agentrl.errors import ConfigError, NonFiniteError, UnknownNameError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with options, and which of the general properties it has."""
+
+    name: str
+    options: dict[str, Any]
+    step: Literal["none", "turn", "token"] = "none"
+    """What its step term is shared by: it has none, a turn, or it differs inside a turn."""
+    shift: bool = True
+    """A constant added to the outcomes of a group changes nothing."""
+    equal: bool = True
+    """Groups of equal outcomes, and groups of one, have exactly no episode term."""
+
 
 METHODS = [
-    ("grpo", {}),
-    ("grpo", {"scale": False}),
-    ("rloo", {}),
-    *(("oprl", {"step_norm": norm}) for norm in ("zscore", "centre", "loo_step", "loo_trajectory", "rank")),
-    ("oprl", {"episode": "rloo", "per_token": True, "clip": 1.0, "uniform_groups": False}),
+    Case("grpo", {}),
+    Case("grpo", {"scale": False}),
+    Case("rloo", {}),
+    *(Case("oprl", {"step_norm": norm}, "turn") for norm in ("zscore", "centre", "loo_step", "loo_trajectory", "rank")),
+    Case("oprl", {"episode": "rloo", "per_token": True, "clip": 1.0, "uniform_groups": False}, "turn"),
+    Case("oprl", {"granularity": "token"}, "token"),
+    Case("oprl", {"granularity": "token", "step_norm": "loo_trajectory", "step_pool": "batch"}, "token"),
+    Case("oprl", {"combine": "merged", "alpha": 0.3}, equal=False),
+    Case("ground_truth", {}, "turn"),
+    Case("spro", {"beta": 0.05}, "turn"),
+    Case("spro", {"beta": 1.0, "align": "token", "clip": 1.0}, "token"),
+    Case("gigpo", {}, "turn"),
+    Case("gigpo", {"scale": True, "episode_per_turn": True, "similarity": 0.8}, "turn"),
+    Case("gigpo", {"terminal_outcome": True}, "turn", shift=False),
+    Case("gigpo", {"terminal_outcome": True, "gamma": 1.0, "scale": True}, "turn"),
+    Case("dr_grpo", {}),
+    Case("reinforce_pp", {}, shift=False),
+    Case("reinforce_pp", {"gamma": 0.9, "turn_rewards": True, "kl_coef": 0.1}, "token", equal=False),
+    Case("reinforce_pp_baseline", {}),
+    Case("ppo", {}, "token", shift=False),
+    Case("ppo", {"level": "turn", "gamma": 0.9, "turn_rewards": True, "whiten": False}, "turn"),
+    Case("prime", {}, "token"),
+    Case("prime", {"form": "recipe", "gamma": 0.9, "batch_norm": True}, "token"),
+    Case("prpo", {}, "turn"),
+    Case("prpo", {"scores": "served", "prior": "empirical", "scale": False}, "turn"),
+    Case("prpo", {"segmenter": "entropy", "spikes": 3, "min_gap": 2}, "token"),
+    Case("prpo", {"segmenter": "entropy", "min_gap": 1, "placement": "nms", "threshold": 0.3}, "token"),
 ]
+"""Every registered method is here at least once; the general properties below run over all."""
+
+
+def over(cases):
+    """Parametrises a test over some of the methods."""
+    named = [pytest.param(c.name, c.options, c, id=f"{c.name}{METHODS.index(c)}") for c in cases]
+    return pytest.mark.parametrize(("name", "options", "case"), named)
+
+
+for_all = over(METHODS)
 SEEDS = st.integers(0, 10**6)
 few = settings(max_examples=8, deadline=None)
 
 
-def run(name, options, signals):
-    method, checked = load_credit(name, options)
-    return method(signals, checked)
-
-
-def signals_of(trajectories, reward=None, **fields):
-    """Signals of episodes; token rewards are drawn unless given."""
-    index = build_batch(trajectories).index
-    outcome = torch.tensor([t.outcome for t in trajectories], dtype=torch.float64)
-    if reward is None:
-        reward = torch.randn(index.K, generator=torch.Generator().manual_seed(7))
-    return Signals(index, outcome, token_reward=reward, **fields)
+def load_method(name):
+    """A registered method; its options are those of the first case."""
+    return load_credit(name, next((case.options for case in METHODS if case.name == name), {}))[0]
 
 
 def oprl(signals, **options):
@@ -52,77 +97,88 @@ def two_groups(outcomes=(1, 0, 1, 1), turns=(2, 3, 1, 2)):
     ]
 
 
+def test_every_method_of_the_package_is_tested_here():
+    ours = {name for name in credit_names() if load_method(name).function.__module__.startswith("agentrl.")}
+    assert ours == {case.name for case in METHODS}
+
+
 # --- permutation, shift, layout ---
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
+@for_all
 @few
 @given(seed=SEEDS)
-def test_permuting_trajectories_permutes_the_advantages(name, options, seed):
+def test_permuting_trajectories_permutes_the_advantages(name, options, case, seed):
     made = episodes(seed)
-    order = np.random.default_rng(seed).permutation(len(made)).tolist()
-    straight = signals_of(made)
-    traj = straight.index.traj_of_token
-    moved = torch.cat([(traj == i).nonzero()[:, 0] for i in order])
-    mixed = signals_of([made[i] for i in order], straight.token_reward[moved])
-    ours, theirs = run(name, options, mixed).token, run(name, options, straight).token[moved]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(made)))
+    straight, index = signals_of(made), signals_of([made[i] for i in order]).index
+    turns, tokens = (
+        torch.cat([(owner == i).nonzero()[:, 0] for i in order])
+        for owner in (straight.index.traj_of_turn, straight.index.traj_of_token)
+    )
+    mixed = rearranged(straight, index, order, turns, tokens)
+    ours, theirs = run(name, options, mixed).token, run(name, options, straight).token[tokens]
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
+@for_all
 @few
 @given(seed=SEEDS)
-def test_permuting_turns_and_tokens_permutes_the_advantages(name, options, seed):
-    """No method may lean on the order of rows: the index vectors alone say who belongs to whom."""
+def test_permuting_turns_and_tokens_permutes_the_advantages(name, options, case, seed):
+    """No method may lean on the order of rows: the index vectors alone say who belongs to whom, and when."""
     signals = signals_of(episodes(seed))
     index = signals.index
     random = np.random.default_rng(seed)
     turns, tokens = (torch.from_numpy(random.permutation(size)) for size in (index.M, index.K))
     new_name = torch.argsort(turns)
-    mixed = Index(new_name[index.turn_of_token[tokens]], index.traj_of_turn[turns], index.group_of_traj)
-    moved = dataclasses.replace(signals, index=mixed, token_reward=signals.token_reward[tokens])
+    mixed = Index(new_name[index.turn_of_token[tokens]], index.traj_of_turn[turns], index.group_of_traj, tokens, turns)
+    moved = rearranged(signals, mixed, torch.arange(index.N), turns, tokens)
     ours, theirs = run(name, options, moved), run(name, options, signals)
     torch.testing.assert_close(ours.token, theirs.token[tokens], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(ours.step, theirs.step[turns], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
+@over(case for case in METHODS if case.shift)
 @few
 @given(seed=SEEDS, shift=st.floats(-100, 100))
-def test_adding_a_constant_to_a_groups_outcomes_changes_nothing(name, options, seed, shift):
+def test_adding_a_constant_to_a_groups_outcomes_changes_nothing(name, options, case, seed, shift):
     made = episodes(seed)
     shifted = [t.model_copy(update={"outcome": t.outcome + shift}) if t.group_id == "g1" else t for t in made]
     ours, theirs = run(name, options, signals_of(shifted)).token, run(name, options, signals_of(made)).token
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_both_layouts_have_the_same_advantages(name, options):
+@for_all
+def test_both_layouts_have_the_same_advantages(name, options, case):
     made = episodes(11)
     assert torch.equal(run(name, options, signals_of(made)).token, run(name, options, signals_of(per_turn(made))).token)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_the_advantage_of_a_turn_is_shared_by_its_tokens_and_split_into_its_two_terms(name, options):
+@for_all
+def test_the_advantage_of_a_turn_is_shared_by_its_tokens_and_split_into_its_two_terms(name, options, case):
     signals = signals_of(episodes(12))
+    index = signals.index
     advantage = run(name, options, signals)
-    whole = (advantage.episode + advantage.step)[signals.index.turn_of_token]
-    torch.testing.assert_close(advantage.token, whole)
-    assert advantage.token.dtype == torch.float32
-    assert bool((advantage.step != 0).any()) == (name == "oprl")
+    whole = advantage.episode + advantage.step
+    torch.testing.assert_close(segment_mean(advantage.token, index.turn_of_token, index.M).float(), whole)
+    shared = torch.allclose(advantage.token, whole[index.turn_of_token], atol=1e-6)
+    assert shared == (case.step != "token")
+    assert advantage.token.dtype == advantage.episode.dtype == advantage.step.dtype == torch.float32
+    assert bool((advantage.step != 0).any()) == (case.step != "none")
 
 
 # --- episodes and turns without action tokens, groups of one, groups without variance ---
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_turns_and_episodes_without_action_tokens_enter_no_statistic(name, options):
+@for_all
+def test_turns_and_episodes_without_action_tokens_enter_no_statistic(name, options, case):
+    """`signals_of` gives such turns large rewards and states of their own."""
     made = episodes(13)
     silent = turn([1, 2], [])
     filled = [t.model_copy(update={"turns": [silent, *t.turns, silent]}) for t in made]
     for place, group in ((0, "g0"), (5, "g2"), (9, "g7")):
         filled.insert(place, trajectory(f"silent {place}", group, 100.0, [silent] if place else []))
-    signals = signals_of(filled, signals_of(made).token_reward)
+    signals = signals_of(filled)
     ours, theirs = run(name, options, signals), run(name, options, signals_of(made))
     torch.testing.assert_close(ours.token, theirs.token, atol=1e-6, rtol=1e-6)
     acting = signals.index.tokens_per_turn > 0
@@ -130,14 +186,14 @@ def test_turns_and_episodes_without_action_tokens_enter_no_statistic(name, optio
     assert torch.all(ours.step[~acting] == 0)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_a_batch_without_a_single_action_token_has_no_advantage(name, options):
+@for_all
+def test_a_batch_without_a_single_action_token_has_no_advantage(name, options, case):
     for made in ([], [trajectory("a", "g", 1.0, [])], [trajectory("a", "g", 1.0, [turn([1], [])])]):
         assert run(name, options, signals_of(made)).token.shape == (0,)
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_a_group_of_one_has_no_episode_advantage(name, options):
+@over(case for case in METHODS if case.equal)
+def test_a_group_of_one_has_no_episode_advantage(name, options, case):
     made = [trajectory("a", "g", 3.0, [turn([1], [2, 3], new_row=True), turn([1], [2])])]
     advantage = run(name, options, signals_of(made))
     assert torch.all(advantage.episode == 0)
@@ -152,8 +208,8 @@ def test_a_pool_of_one_turn_has_no_step_advantage():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.7, 1 / 3, 1e6 + 0.1])
-@pytest.mark.parametrize(("name", "options"), METHODS)
-def test_a_group_of_equal_outcomes_has_exactly_no_episode_advantage(name, options, value):
+@over(case for case in METHODS if case.equal)
+def test_a_group_of_equal_outcomes_has_exactly_no_episode_advantage(name, options, case, value):
     """0.1 + 0.1 + 0.1 is not 0.3 in floating point: the mean of equal numbers must still be that number."""
     made = [t.model_copy(update={"outcome": value}) for t in episodes(14, groups=1, size=7)]
     assert torch.all(run(name, options, signals_of(made)).episode == 0)
@@ -287,6 +343,61 @@ def test_unknown_methods_and_options_are_refused_with_the_nearest_name():
 
 
 def test_methods_say_what_they_need():
-    assert load_credit("oprl", {})[0].needs_prm
-    assert not load_credit("grpo", {})[0].needs_prm
-    assert not load_credit("rloo", {})[0].needs_prm
+    for name, needs in (("oprl", {"prm"}), ("grpo", set()), ("rloo", set())):
+        method, options = load_credit(name, {})
+        assert method.needs_of(options) == needs
+
+
+# --- bad input ---
+
+
+@for_all
+def test_a_missing_signal_is_refused_with_its_name(name, options, case):
+    method, checked = load_credit(name, options)
+    full = signals_of(episodes(20))
+    for need in method.needs_of(checked):
+        field = FIELD_OF[need]
+        with pytest.raises(UserError, match=rf"{name}' needs '{need}': give Signals.{field}"):
+            method(dataclasses.replace(full, **{field: None}), checked)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("field", [*TOKEN_FIELDS, *TURN_FIELDS, "outcome"])
+def test_a_signal_that_is_not_finite_is_refused_with_its_trajectory_and_turn(field, bad):
+    made = [
+        trajectory("first", "g", 1, [turn([1], [2, 3], new_row=True)]),
+        trajectory("second", "g", 0, [turn([1], [4], new_row=True), turn([1], []), turn([1], [5, 6])]),
+    ]
+    signals = signals_of(made)
+    values = getattr(signals, field).clone()
+    values[-1] = bad
+    where = f"trajectory second: its outcome is {bad}" if field == "outcome" else f"second, turn 2: {field} is {bad}"
+    with pytest.raises(NonFiniteError, match=where):
+        run("grpo", {}, dataclasses.replace(signals, **{field: values}))
+
+
+def test_turns_are_named_by_their_place_in_time():
+    index = Index(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0]), turn_time=torch.tensor([5, 2]))
+    bad = Signals(index, torch.tensor([1.0]), token_reward=torch.tensor([float("nan"), 0.0]))
+    with pytest.raises(NonFiniteError, match="trajectory 0, turn 1: token_reward is nan"):
+        run("grpo", {}, bad)
+
+
+# --- cost ---
+
+
+def test_the_benchmark_times_every_method(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    file = tmp_path / "credit.json"
+    result = importlib.import_module("credit").main(
+        ["--turns", "130", "--tokens", "1000", "--repeat", "1", "--json", str(file)]
+    )
+    assert json.loads(file.read_text()) == result
+    assert {"grpo", "rloo", "oprl", "spro", "gigpo"} <= {row["method"] for row in result["methods"]}
+    assert all(row["ms"] > 0 for row in result["methods"])
+    assert result["settings"]["trajectories"] == 16
+    assert result["settings"]["turns"] == pytest.approx(130, rel=0.3)
+    assert result["settings"]["tokens"] == pytest.approx(1000, rel=0.3)
+    printed = capsys.readouterr().out
+    assert "oprl granularity=token" in printed
+    assert "ms least" in printed

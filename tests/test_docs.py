@@ -22,7 +22,7 @@ import typer
 from agentrl.cli import app
 from agentrl.cli.reference import docstrings, reference
 from agentrl.config import RunConfig, load_config
-from agentrl.credit import credit_names, load_credit
+from agentrl.credit import credit_methods, load_credit
 from agentrl.envs import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def test_python_runs_as_written(page: Path, fresh: Path) -> None:
             exec(code, namespace)
     for metrics in fresh.rglob("metrics.jsonl"):
         assert_metrics_are_documented(metrics)
-    if page.parent.name == "sokoban":
+    if page.parent.name in ("sokoban", "lock"):
         assert said.getvalue().split() == blocks_of_output(page).split()
 
 
@@ -254,8 +254,8 @@ def settings() -> set[str]:
     for section in RunConfig.model_fields:
         fields = getattr(type(getattr(RunConfig(), section)), "model_fields", {})
         keys |= {f"{section}.{name}" for name in fields}
-    for method in credit_names():
-        keys |= {f"credit.options.{name}" for name in load_credit(method, {})[0].options_type.model_fields}
+    for method in credit_methods().values():
+        keys |= {f"credit.options.{name}" for name in method.options_type.model_fields}
     return keys
 
 

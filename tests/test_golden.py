@@ -13,7 +13,7 @@ from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config import OutcomeConfig, PairConfig, PolicyUpdateConfig, PRMConfig
 from agentrl.credit import Signals, load_credit
-from agentrl.prm import ImplicitPRM, PairTensors, pair_accuracy, pair_loss
+from agentrl.prm import ImplicitPRM, PairObjective, PairTensors, pair_accuracy, pair_loss
 from agentrl.rollout import outcome as outcomes
 from agentrl.train.policy_loss import kl_penalty, policy_loss, token_weights
 
@@ -117,7 +117,7 @@ def test_pair_loss_and_its_slope(case, expected, score, prefix):
     slope = list(expected[f"{prefix}_prm_dloss_dscore"].values())
     close(loss.detach(), expected[f"{prefix}_prm_loss"])
     close(scores.grad, slope)
-    two_pass_loss, weight = prm.token_weights(case.batch, case.outcome, pairs, case.log_ratio)
+    two_pass_loss, weight = prm.token_weights(case.batch, PairObjective(pairs, case.outcome), case.log_ratio)
     close(two_pass_loss, expected[f"{prefix}_prm_loss"])
     share = torch.tensor(slope, dtype=torch.float64)
     if score == "mean":

@@ -28,8 +28,10 @@ LAYER = {
     "agentrl.prm": 3,
     "agentrl.train": 4,
     "agentrl.evaluate": 4,
+    "agentrl.lab": 5,
     "agentrl.cli": 5,
     "agentrl.report": 5,
+    "agentrl.benchmark": 5,
     "agentrl.__main__": 5,
 }
 """An import may only point to the same layer or down."""

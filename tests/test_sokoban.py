@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import assert_table_agrees
 
 from agentrl import envs
 from agentrl.errors import ActionError, DataError, UserError
@@ -509,3 +510,58 @@ def test_brute_force_and_levels_agree_on_a_known_board():
     assert Grid(BOARD).fewest() == Grid(BOARD).fewest(of_pushes=True) == distance(BOARD) == 2
     assert solve(BOARD) == ["right", "right"]
     assert move_values(BOARD) == {"up": 3, "down": 3, "left": 2, "right": 1}, "left bumps into the wall"
+
+
+# The table
+
+
+@pytest.mark.parametrize("kwargs", [{"boxes": 1}, {"boxes": 2, "max_solution": 10}], ids=["one box", "two boxes"])
+@pytest.mark.parametrize("observation", ["board", "cells"])
+def test_the_table_agrees_with_play(kwargs, observation):
+    assert assert_table_agrees(SokobanEnv(observation=observation, **kwargs), range(30)) > 300
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_table_holds_every_unsolved_state_that_can_be_reached(seed):
+    board = scattered(seed, 2, side=6, walls=6)
+    grid, env = Grid(board), SokobanEnv(boxes=2)
+    env.reset(options={"board": board})
+    start = grid.player, grid.boxes
+    seen, queue = {start}, [start]
+    for state in queue:
+        following = {grid.after(state, action)[0] for action in MOVES} - seen
+        following = {(player, boxes) for player, boxes in following if boxes != grid.targets}
+        seen |= following
+        queue += following
+    assert {(Grid(key).player, Grid(key).boxes) for key in env.tabular().keys} == seen
+    assert len(env.tabular().keys) == len(seen)
+
+
+def test_values_of_the_table_are_the_distances():
+    env = SokobanEnv(max_solution=8)
+    for seed in range(20):
+        env.reset(seed=seed)
+        table = env.tabular()
+        distances = np.full(len(table.keys), np.inf)
+        for _ in range(60):
+            distances = np.minimum(distances, (1 + np.where(table.solved, 0, distances[table.next_state])).min(1))
+        assert distances.tolist() == [distance(key) for key in table.keys], f"seed {seed}"
+
+
+def test_a_level_that_starts_solved_ends_with_the_first_move():
+    env = SokobanEnv()
+    env.reset(options={"board": "#####\n#@* #\n#####"})
+    table = env.tabular()
+    assert table.keys == [f"#####\n{row}\n#####" for row in ("#@* #", "# +$#", "#@.$#")]
+    assert table.solved.tolist() == [[True, True, True, False], [False] * 4, [False] * 4]
+
+
+def test_what_has_no_table_is_refused():
+    env = SokobanEnv(actions_per_turn=2)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="actions_per_turn=2"):
+        env.tabular()
+    env = SokobanEnv(size=9, boxes=3)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="more than 20,000 states"):
+        env.tabular()

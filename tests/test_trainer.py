@@ -116,8 +116,8 @@ def test_every_iteration_plays_new_tasks_in_whole_groups(run: Path) -> None:
 def test_a_pool_of_tasks_is_dealt_evenly(tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]) -> None:
     trainer = trainer_of(run_config(tmp_path / "run", warm, rollout__tasks=5, rollout__groups=2))
     dealt = []
-    for trainer.iteration in range(5):
-        dealt += [task.seed for task in trainer.tasks()]
+    for iteration in range(5):
+        dealt += [task.seed for task in trainer.dealer.deal(2, iteration)]
     assert len(set(dealt)) == 5
     assert sorted(dealt[:5]) == sorted(dealt[5:])
     assert dealt[:5] != dealt[5:]
@@ -211,11 +211,11 @@ def test_nan_stops_the_run_keeps_the_evidence_and_overwrites_nothing(
 ) -> None:
     trainer, before = stopped
     if where == "prm":
-        assert trainer.prm is not None
-        spoil(trainer.prm.model)
+        assert trainer.judge.prm is not None
+        spoil(trainer.judge.prm.model)
     elif where == "policy":
-        real = trainer._judge
-        monkeypatch.setattr(trainer, "_judge", lambda *given: (real(*given), spoil(trainer.model))[0])
+        real = trainer.judge.judge
+        monkeypatch.setattr(trainer.judge, "judge", lambda *given: (real(*given), spoil(trainer.model))[0])
     elif where == "outcome":
         monkeypatch.setattr("agentrl.rollout.collector.score", lambda *_: (math.nan, False))
     else:
@@ -395,7 +395,6 @@ def test_what_cannot_work_is_refused_and_leaves_no_trace(
     ("settings", "message"),
     [
         ({"rollout__top_k": 5}, "rollout.top_k=5 while training"),
-        ({"rollout__group_size": 1}, "a group of one has no baseline"),
         ({"prm": {"replay_iterations": 3}}, "raise the latter"),
         ({"prm": {"holdout": 0.5}}, "set prm.updates > 1"),
         ({"buffer": {"keep_iterations": 2}, "prm": {"centred": True, "replay_iterations": 2}}, "prm.reference=frozen"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from agentrl.errors import UserError
 if TYPE_CHECKING:
     from agentrl.config import RolloutConfig
     from agentrl.policy import Policy, Sampling
+    from agentrl.train.base import Lesson
     from agentrl.types import Trajectory
 
 console = Console()
@@ -213,3 +214,17 @@ def step_progress(description: str) -> Iterator[Callable[[Mapping[str, float]], 
 
     with bar:
         yield on_step
+
+
+class ShownLessons:
+    """Shows the making of a base model (`agentrl.train.base.TeachingProgress`)."""
+
+    def made(self, facts: Mapping[str, Any]) -> None:
+        console.print(f"a Qwen3-shaped network of {facts['parameters']:,} parameters, vocabulary {facts['vocab']}")
+
+    def playing(self, lesson: Lesson) -> EpisodeProgress:
+        options = [f"{name} {shown(value)}" for name, value in lesson.options.items()]
+        return EpisodeProgress(", ".join(["demonstrations", *options]), lesson.episodes)
+
+    def cloning(self, number: int) -> AbstractContextManager[Callable[[Mapping[str, float]], None]]:
+        return step_progress(f"cloning, lesson {number}")

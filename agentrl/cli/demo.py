@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from agentrl.cli.common import EpisodeProgress, console, step_progress
+from agentrl.cli.common import ShownLessons, console
 from agentrl.errors import UserError
 from agentrl.files import atomic_write, check_writable
 
@@ -80,40 +80,26 @@ def demo(
 
 def make_base(settings: RunConfig, out: Path, demonstrations: int) -> None:
     """Writes the base model: a tiny network cloned from a solver that is right only part of the time."""
-    from agentrl.config import OutcomeConfig, RolloutConfig
-    from agentrl.evaluate.texts import environment_texts
-    from agentrl.models.init import init_model
-    from agentrl.policy import load_policy
-    from agentrl.rollout import Collector, Task
-    from agentrl.train.sft import sft
+    from agentrl.train import base
 
-    # Seeds far from those of training and evaluation; the split keeps test levels out in any case.
-    first = 500_000_000 + settings.seed * 10_000_000
-    texts, words = environment_texts(settings.env, 64, seed=first)
-    made = init_model(out / "lesson-0", texts, words=words, seed=settings.seed)
-    console.print(f"a Qwen3-shaped network of {made['parameters']:,} parameters, vocabulary {made['vocab']}")
-    for number, (share, skill, lr) in enumerate(LESSONS, 1):
-        teacher = load_policy("sokoban-noisy-solver", skill=skill)
-        tasks = [Task(first + i, str(first + i)) for i in range(max(1, round(share * demonstrations)))]
-        first += len(tasks)
-        progress = EpisodeProgress(f"demonstrations, skill {skill:g}", len(tasks))
-        with (
-            progress,
-            Collector(teacher, settings.env, RolloutConfig(), OutcomeConfig(), on_episode=progress) as collector,
-        ):
-            episodes = collector.collect(tasks, seed=settings.seed).trajectories
-        with step_progress(f"cloning, lesson {number}") as on_step:
-            sft(
-                str(out / f"lesson-{number - 1}"),
-                episodes,
-                str(out / ("base" if number == len(LESSONS) else f"lesson-{number}")),
-                history=settings.rollout.history,
-                lr=lr,
-                batch_tokens=2048,
-                seed=settings.seed,
-                threads=settings.model.threads,
-                on_step=on_step,
-            )
+    lessons = [
+        base.Lesson(
+            policy="sokoban-noisy-solver",
+            options={"skill": skill},
+            episodes=max(1, round(share * demonstrations)),
+            lr=lr,
+        )
+        for share, skill, lr in LESSONS
+    ]
+    base.make_base(
+        settings.env,
+        out / "base",
+        lessons,
+        history=settings.rollout.history,
+        seed=settings.seed,
+        threads=settings.model.threads,
+        progress=ShownLessons(),
+    )
 
 
 def train(settings: RunConfig) -> dict[str, float]:

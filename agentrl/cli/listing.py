@@ -1,4 +1,4 @@
-"""``agentrl envs`` and ``agentrl policies``: what can be named, and what it takes."""
+"""``agentrl envs``, ``policies`` and ``credit``: what can be named, and what it takes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from agentrl.errors import UnknownNameError
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds `envs` and `policies`."""
+    """Adds `envs`, `policies` and `credit`."""
     app.command("envs")(envs)
     app.command("policies")(policies)
+    app.command("credit")(credit)
 
 
 def envs(
@@ -79,6 +80,68 @@ def policies(
         listing.add_row(name, Text(_summary(points[name])), points[name].value.partition(":")[0])
     console.print(listing)
     console.print("Options of one: [b]agentrl policies NAME[/b]")
+
+
+def credit(
+    method: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this one: its formula and options.")
+    ] = None,
+) -> None:
+    """List the credit methods, or show one.
+
+    Example:  [b]agentrl credit oprl[/b]
+    """
+    with errors.status("loading"):
+        from agentrl.credit import credit_methods
+        from agentrl.credit.registry import load_plugins
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken plugins are listed below
+        broken, methods = load_plugins(), credit_methods()
+    if method is not None:
+        if method not in methods:
+            raise UnknownNameError("credit method", method, methods, "agentrl credit lists all")
+        _show_credit(methods[method])
+        return
+    listing = Table(title="Credit methods", title_justify="left", title_style="bold")
+    listing.add_column("name", style="cyan", no_wrap=True)
+    listing.add_column("what it is")
+    listing.add_column("needs")
+    for name, found in methods.items():
+        listing.add_row(name, Text(_headline(found)), Text(_needs(found)))
+    console.print(listing)
+    for name, reason in broken.items():
+        errors.print(Text(f"plugin {name!r} could not be loaded: {reason}", style="yellow"), soft_wrap=True)
+    console.print("Formula and options of one: [b]agentrl credit NAME[/b]")
+
+
+def _headline(method: Any) -> str:
+    """First line of the file that a method is."""
+    return (inspect.getdoc(inspect.getmodule(method.function)) or "").partition("\n")[0]
+
+
+def _needs(method: Any) -> str:
+    """What a method needs with its default options, or that it depends on them."""
+    try:
+        return ", ".join(sorted(method.needs_of(method.options_type()))) or "-"
+    except ValueError:  # an option is required
+        return "-" if callable(method.needs) else ", ".join(sorted(method.needs)) or "-"
+
+
+def _show_credit(method: Any) -> None:
+    from agentrl.cli.reference import docstrings
+
+    # Formulas stand in columns: lines are not to be broken.
+    console.print(Text(inspect.getdoc(inspect.getmodule(method.function)) or ""), soft_wrap=True)
+    meanings = docstrings(method.options_type)
+    options = Table(title="credit.options", title_justify="left", title_style="bold")
+    for column in ("option", "default", "meaning"):
+        options.add_column(column)
+    for name, field in method.options_type.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        options.add_row(name, Text(default), Text(" ".join(meanings.get(name, "").split()).replace("``", "")))
+    if method.options_type.model_fields:
+        console.print(options)
+    console.print(Text(f"needs: {_needs(method)}"))
 
 
 def _show_environment(env_id: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -42,6 +42,7 @@ def init_model(
     """
     from agentrl.config import EnvConfig
     from agentrl.evaluate.texts import environment_texts
+    from agentrl.models.load import check_model_output
 
     check_model_output(out)
     settings = EnvConfig(id=env, kwargs=assignments(env_arg, "--env-arg"))
@@ -75,8 +76,8 @@ def sft(
 
     Example:  [b]agentrl sft models/base demos.jsonl --out models/sft --epochs 2[/b]
     """
-    from agentrl.buffer import read_jsonl
     from agentrl.config.schema import parse_history
+    from agentrl.models.load import check_model_output
 
     if lr <= 0:
         raise UserError(f"--lr {lr}: a learning rate is above 0")
@@ -85,14 +86,13 @@ def sft(
     except ValueError as error:
         raise UserError(f"--history: {error}") from None
     check_model_output(out)
-    on_error: Literal["skip", "raise"] = "skip" if skip_broken else "raise"
-    episodes = [t for path in data for t in read_jsonl(path, on_error=on_error, on_skip=_show_skipped)]
-    episodes = [t for t in episodes if t.scorable and t.turns and (t.success or not only_success)]
-    if not episodes:
-        what = "no successful episode" if only_success else "no finished episode"
-        raise UserError(f"{', '.join(map(str, data))}: {what} to learn from")
-    with errors.status("loading the model"):
+    with errors.status("reading the episodes"):
+        from agentrl.train.sft import demonstrations
         from agentrl.train.sft import sft as fine_tune
+
+        episodes = demonstrations(
+            data, only_success=only_success, on_error="skip" if skip_broken else "raise", on_skip=_show_skipped
+        )
     with step_progress("fine-tuning") as on_step:
         result = fine_tune(
             model,
@@ -112,16 +112,3 @@ def sft(
 
 def _show_skipped(error: DataError) -> None:
     errors.print(Text(f"skipped {error}", style="yellow"), soft_wrap=True)
-
-
-def check_model_output(out: Path) -> None:
-    """Proves that a model can be written to `out`, before the work.
-
-    Raises:
-        UserError: the place cannot be written, or holds something that is no model.
-    """
-    from agentrl.files import check_writable
-
-    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{str(out)!r} holds something that is no model; give a new directory")
-    check_writable(out.parent)

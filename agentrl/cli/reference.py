@@ -55,18 +55,17 @@ Numbers such as 1.3 are sections of [algorithms.md](algorithms.md).
 
 def reference() -> str:
     """Returns the page: the sections of `RunConfig`, then the options of every registered credit method."""
-    from agentrl.credit import credit_names, load_credit
+    from agentrl.credit.registry import OURS
 
     parts = [_HEAD, "## Run\n", _table(RunConfig, "")]
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             parts += [f"## `{name}`\n\n{_text(section.__doc__)}\n", _table(section, f"{name}.")]
-    for name in credit_names():
-        method, _ = load_credit(name, {})
+    for method in sorted(OURS, key=lambda method: method.name):
         # One file per method: what it is stands at the head of the file.
         parts.append(
-            f"## `credit.options` of `{name}`\n\n{_text(inspect.getdoc(inspect.getmodule(method.function)))}\n"
+            f"## `credit.options` of `{method.name}`\n\n{_text(inspect.getdoc(inspect.getmodule(method.function)))}\n"
         )
         options = method.options_type
         parts.append(_table(options, "credit.options.") if options.model_fields else "It has no options.\n")
@@ -80,17 +79,21 @@ def _table(model: type[BaseModel], prefix: str) -> str:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
-        row = (f"`{prefix}{name}`", f"`{_value(field.get_default(call_default_factory=True))}`", _values(field))
+        default = "`(required)`" if field.is_required() else f"`{_value(field.get_default(call_default_factory=True))}`"
+        row = (f"`{prefix}{name}`", default, _values(field))
         cells = [*row, _text(meanings.get(name, ""))]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """Returns what stands under each attribute of `model` in its source: attribute -> docstring."""
+    """Returns what stands under each attribute of `model` in its source, or in a base's: attribute -> docstring."""
+    found: dict[str, str] = {}
+    for base in model.__bases__:
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            found |= docstrings(base)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
     for node, below in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
             found[node.target.id] = str(ast.literal_eval(below.value))

@@ -65,11 +65,11 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     data: dict[str, Any] = {}
     places: dict[str, str] = {}
     if path is not None:
-        data, places = _read_yaml(Path(path))
+        data, places = read_yaml(Path(path))
     for key, value in parse_assignments(overrides).items():
-        _assign(data, key, value)
+        assign(data, key, value)
         places[key] = COMMAND_LINE
-    data = _check_keys(RunConfig, data, "", places)
+    data = check_keys(RunConfig, data, "", places)
     return checked(RunConfig, data, places)
 
 
@@ -126,8 +126,12 @@ def parse_assignments(assignments: Iterable[str], example: str = "prm.beta=0.1")
     return parsed
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the file's mapping, and for each dotted key the place where it stands (``in file line 3``)."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the file's mapping, and for each dotted key the place where it stands (``in file line 3``).
+
+    Raises:
+        ConfigError: no such file, broken YAML, or a key that stands twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -161,7 +165,12 @@ def _keys_of(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _keys_of(value_node, f"{key}.")
 
 
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the dotted `key` of `data`; mappings on the way are made where they are missing.
+
+    Raises:
+        ConfigError: a part of the way holds no keys.
+    """
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents, 1):
         inner = data.get(parent)
@@ -172,7 +181,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[leaf] = value
 
 
-def _check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, places: Mapping[str, str]) -> dict[str, Any]:
+def check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, places: Mapping[str, str]) -> dict[str, Any]:
     """Refuses unknown keys and sections that are no mapping; returns `data` with empty sections filled by ``{}``."""
     checked: dict[str, Any] = {}
     for key, value in data.items():
@@ -185,7 +194,7 @@ def _check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, place
             if not isinstance(value, dict):
                 keys = ", ".join(kind.model_fields)
                 raise ConfigError(f"{name}={value!r}{_place(name, places)}: a section, with the keys {keys}")
-            value = _check_keys(kind, value, f"{name}.", places)
+            value = check_keys(kind, value, f"{name}.", places)
         elif isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             # `match_length: no` must not quietly become 0.
             allowed = kind.__name__ if isinstance(kind, type) else kind

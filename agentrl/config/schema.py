@@ -83,6 +83,10 @@ class RolloutConfig(Section):
     """Seconds for a whole episode."""
     retries: int = Field(default=2, ge=0)
     """How often an episode that an infrastructure failure ended is played again."""
+    dynamic_sampling: bool = False
+    """Leave groups whose outcomes are all equal out of training and play further tasks in their place (DAPO)."""
+    max_refills: int = Field(default=3, ge=0)
+    """``dynamic_sampling``: collections of one iteration beyond the first; then it trains on what it has."""
 
     @field_validator("history")
     @classmethod
@@ -108,6 +112,33 @@ class OutcomeConfig(Section):
     """``success``: 1 if the environment says solved, else 0. ``return``: the sum of the environment's rewards."""
     success_above: float | None = None
     """With ``return``: outcomes strictly above this are successes; None takes the environment's own ``success``."""
+    truncated: Literal["scored", "failure", "excluded"] = "scored"
+    """Episodes that a limit cut off. ``scored``: by the rule. ``failure``: no success, and an outcome of at most 0.
+    ``excluded``: counted and stored, but not trained on (evaluation scores them by the rule)."""
+
+
+class ShapingConfig(Section):
+    """What credit sees beside the raw outcome (algorithms.md 7.4). Success, pairs and evaluation stay raw."""
+
+    overlong_tokens: int | None = Field(default=None, ge=1)
+    """Action tokens of an episode at which the penalty is whole (L_max of DAPO's soft overlong punishment, Eq. 13);
+    None: no penalty."""
+    overlong_cache: int = Field(default=0, ge=0)
+    """Action tokens below `overlong_tokens` over which the penalty grows from 0 (L_cache)."""
+    overlong_penalty: float = Field(default=1.0, ge=0)
+    """The whole penalty, in outcome units."""
+    invalid_action_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted from the outcome for every turn whose text was no action, and from that turn's reward (OPRL: 0.1 where
+    success pays 10). ``policy_update.invalid_action_penalty`` is the form that hits only the turn."""
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> ShapingConfig:
+        if self.overlong_tokens is not None and self.overlong_cache > self.overlong_tokens:
+            raise ValueError(
+                f"shaping.overlong_cache={self.overlong_cache} is more than "
+                f"shaping.overlong_tokens={self.overlong_tokens}, below which it lies"
+            )
+        return self
 
 
 class BufferConfig(Section):
@@ -150,8 +181,9 @@ class PRMConfig(Section):
     """As ``policy_update.adam_eps``."""
     grad_clip: float = Field(default=10.0, gt=0)
     """Largest gradient norm."""
-    loss: Literal["dpo", "ipo"] = "dpo"
-    """``dpo``: -log sigmoid of the score gap (paper Eq. 2). ``ipo``: squared distance of the gap to the outcome gap."""
+    loss: Literal["dpo", "ipo", "ce"] = "dpo"
+    """``dpo``: -log sigmoid of the score gap (paper Eq. 2). ``ipo``: squared distance of the gap to the outcome gap.
+    ``ce``: cross-entropy of each trajectory's success (PRIME); needs no pairs, learns from uniform groups too."""
     score: Literal["sum", "mean"] = "sum"
     """Trajectory score: sum of turn rewards (paper), or their mean (free of length)."""
     centred: bool = False
@@ -171,9 +203,14 @@ class PRMConfig(Section):
     groups_per_update: int | None = Field(default=None, ge=1)
     """Groups drawn for each PRM step; None takes all (new and replayed)."""
     replay_iterations: int = Field(default=1, ge=1)
-    """Pairs of the last k iterations enter each update, each with the log-probs of its own behaviour policy."""
+    """Trajectories of the last k iterations enter each update, with the log-probs of their own behaviour policy."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """Share of groups kept out of the update; further updates stop once their loss rises."""
+    served_url: str | None = Field(default=None, pattern=r"^https?://[^/]")
+    """URL of a PRM that scores turns (credit methods that need ``turn_scores``); its bearer token is taken from the
+    environment variable ``AGENTRL_PRM_TOKEN``."""
+    served_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds that the served PRM may stay silent before a request counts as failed."""
 
     @model_validator(mode="after")
     def _holdout_needs_updates(self) -> PRMConfig:
@@ -196,9 +233,32 @@ class CreditConfig(Section):
     """The credit method, by name, and its own options (``agentrl.credit``)."""
 
     method: str = "oprl"
-    """``grpo``, ``oprl``, ``rloo``, or one that `agentrl.credit.register_credit` added."""
+    """Name of a method (``agentrl credit`` lists all, those of installed packages too)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the method; unknown ones are refused."""
+
+
+class CriticConfig(Section):
+    """The value model of credit methods that need one (``ppo``)."""
+
+    init: str | None = None
+    """Model directory to start from; None starts from the policy's weights. The value head starts at zero."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate (AdamW, constant)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """As ``policy_update.adam_eps``."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    clip: float | None = Field(default=0.2, gt=0)
+    """A value may move this far from what it was when the batch was judged, in outcome units; None = no limit."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over each iteration's batch."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps per epoch."""
+    warmup_iterations: int = Field(default=0, ge=0)
+    """Iterations in which only the critic learns and the policy stands still."""
 
 
 class PolicyUpdateConfig(Section):
@@ -240,6 +300,9 @@ class PolicyUpdateConfig(Section):
     """Constant of ``seq-mean-token-sum-norm``, in tokens."""
     invalid_action_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the advantage of turns whose text was no action (``info["valid_action"]`` is False)."""
+    overlong_filter: Literal["none", "token_limit", "any_limit"] = "none"
+    """Episodes that were cut off by the token limit, or by any limit, carry no policy loss; they stay in their group's
+    statistics (DAPO's overlong filtering)."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the KL to the initial policy in the loss; 0 needs no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -296,10 +359,12 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     outcome: OutcomeConfig = Field(default_factory=OutcomeConfig)
+    shaping: ShapingConfig = Field(default_factory=ShapingConfig)
     buffer: BufferConfig = Field(default_factory=BufferConfig)
     pairs: PairConfig = Field(default_factory=PairConfig)
     prm: PRMConfig = Field(default_factory=PRMConfig)
     credit: CreditConfig = Field(default_factory=CreditConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
     policy_update: PolicyUpdateConfig = Field(default_factory=PolicyUpdateConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -312,11 +377,6 @@ class RunConfig(Section):
                 f"rollout.top_p={self.rollout.top_p} / rollout.top_k={self.rollout.top_k} while training: the "
                 "log-probs sampled from are renormalised over the kept tokens, the trainer's are not, and every "
                 "importance ratio would be wrong; train with top_p=1, top_k=0 (evaluation may truncate)"
-            )
-        if self.rollout.group_size == 1 and self.credit.method in ("grpo", "rloo", "oprl"):
-            raise ValueError(
-                f"rollout.group_size=1 with credit.method={self.credit.method}: a group of one has no baseline, every "
-                "advantage would be 0; set rollout.group_size to 2 or more"
             )
         first, last = self.training_seeds()
         evaluated = range(self.eval.seed, self.eval.seed + self.eval.episodes)
@@ -335,4 +395,5 @@ class RunConfig(Section):
     def training_seeds(self) -> tuple[int, int]:
         """First and last task seed that training can draw."""
         first = self.seed * 1_000_003
-        return first, first + (self.rollout.tasks or self.iterations * self.rollout.groups) - 1
+        collections = 1 + (self.rollout.max_refills if self.rollout.dynamic_sampling else 0)
+        return first, first + (self.rollout.tasks or self.iterations * self.rollout.groups * collections) - 1

@@ -2,7 +2,8 @@
 
     A_i = (R_i - mean_g R) / (std_g R + 1e-6)        std with ddof 1; groups of one and groups without variance give 0
 
-`scale=False` leaves the division out (Dr. GRPO, arXiv 2503.20783; pair it with `aggregation: seq-mean-token-sum-norm`).
+`scale=False` leaves the division out. The method `dr_grpo` (Dr. GRPO, arXiv 2503.20783) is that preset; pair it with
+`policy_update.aggregation: seq-mean-token-sum-norm`, its other half: no division by the length of an episode.
 """
 
 from __future__ import annotations
@@ -28,3 +29,15 @@ def grpo(signals: Signals, options: GRPOOptions) -> Advantage:
 
 
 GRPO = CreditMethod("grpo", GRPOOptions, grpo)
+
+
+class DrGRPOOptions(Options):
+    pass
+
+
+def dr_grpo(signals: Signals, options: DrGRPOOptions) -> Advantage:
+    """Returns the group-centred outcome on every action token (K,): `grpo` with `scale=False`."""
+    return grpo(signals, GRPOOptions(scale=False))
+
+
+DR_GRPO = CreditMethod("dr_grpo", DrGRPOOptions, dr_grpo)

@@ -10,7 +10,10 @@ does to it (centring, reference, temperature) is the PRM's business.
 
 Edge cases: a group whose pool of step rewards has no spread above `std_floor` gets A^S = 0 (at the start PRM and policy
 are equal and the spread is float noise); a pool of one gets 0; turns without action tokens are left out of the pool.
-Options beyond the paper are the remedies of algorithms.md 1.12 and are off by default.
+
+The paper's ablations (Table 3) are options: `rewards` (the environment's step rewards in place of r), `granularity`
+(r per token), `combine` (R + alpha sum_t r_t as one reward). Options beyond the paper are the remedies of algorithms.md
+1.12 and are off by default.
 """
 
 from __future__ import annotations
@@ -18,20 +21,22 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from agentrl.batch.index import Index, count, segment_mean, segment_std, segment_sum
+from agentrl.batch.index import Index, segment_std, segment_sum
 from agentrl.credit.base import (
     Advantage,
     CreditMethod,
     EpisodeEstimator,
+    Need,
     Options,
     Signals,
     broadcast,
+    broadcast_tokens,
     episode_advantage,
-    leave_one_out,
-    zscore,
+    step_share,
 )
+from agentrl.credit.step_norm import StepNorm, normalise
 
 Tensor = torch.Tensor
 
@@ -43,7 +48,7 @@ class OPRLOptions(Options):
     """Weight of the step advantage."""
     episode: EpisodeEstimator = "grpo"
     """A^E by z-score (``grpo``), leave-one-out (``rloo``) or centring alone (``dr_grpo``)."""
-    step_norm: Literal["zscore", "scale", "centre", "loo_step", "loo_trajectory", "rank"] = "zscore"
+    step_norm: StepNorm = "zscore"
     """Eq. 4; or divided by the root mean square and not centred (right for rewards the PRM has centred already); or
     without the std, leave-one-step-out, leave-one-trajectory-out, or normal scores of the ranks."""
     step_pool: Literal["group", "batch"] = "group"
@@ -63,79 +68,113 @@ class OPRLOptions(Options):
     """Scale alpha by the PRM's measured skill on the new batch."""
     uniform_groups: bool = True
     """Apply A^S in groups without outcome variance, where the PRM is the only signal."""
+    rewards: Literal["prm", "environment"] = "prm"
+    """Whose step rewards: the implicit PRM's, or the environment's own (the ablation "ground-truth PR")."""
+    granularity: Literal["turn", "token"] = "turn"
+    """What has a step reward: a turn, the sum over its tokens, or each token its own, with a pool of tokens."""
+    combine: Literal["separate", "merged"] = "separate"
+    """A^E + alpha A^S, or one advantage by the `episode` estimator from R_i + alpha sum_t r_t, without an A^S."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> OPRLOptions:
+        """Refuses options that would be ignored."""
+        if self.rewards == "environment":
+            self._refuse("rewards=environment has no PRM", "skill_gate", "warmup_updates")
+            self._refuse("rewards=environment gives one reward per turn", "granularity")
+        if self.granularity == "token":
+            self._refuse("granularity=token rewards single tokens", "per_token")
+        if self.combine == "merged":
+            self._refuse("combine=merged has no step advantage", "granularity", "step_norm", "step_pool", "clip")
+        return self
+
+    def _refuse(self, why: str, *names: str) -> None:
+        for name in names:
+            value, default = getattr(self, name), OPRLOptions.model_fields[name].default
+            if value != default:
+                raise ValueError(f"{why}: leave {name} at {default} (got {value})")
 
 
 def step_advantage(index: Index, step_reward: Tensor, options: OPRLOptions) -> Tensor:
-    """Returns A^S (M,) float64 from step rewards (M,), normalised over the pool of turns of `options.step_pool`."""
-    acting = index.tokens_per_turn > 0
-    pool = index.group_of_turn if options.step_pool == "group" else torch.zeros_like(index.group_of_turn)
-    owner, values = pool[acting], step_reward.double()[acting]
-    size = int(pool.max()) + 1 if len(pool) else 0
-    spread = segment_std(values, owner, size)[owner]
-    if options.step_norm == "zscore":
-        normal = zscore(values, owner, size, ddof=options.ddof)
-    elif options.step_norm == "scale":
-        normal = values / segment_mean(values**2, owner, size).sqrt()[owner].clamp(min=1e-300)
-    elif options.step_norm == "centre":
-        normal = values - segment_mean(values, owner, size)[owner]
-    elif options.step_norm == "loo_step":
-        normal = leave_one_out(values, owner, size)
-    elif options.step_norm == "loo_trajectory":
-        normal = _leave_trajectory_out(values, owner, index.traj_of_turn[acting])
+    """Returns A^S float64 like `step_reward`: of turns (M,), or of tokens (K,) with granularity ``token``.
+
+    Normalised over the pool `options.step_pool`.
+    """
+    if options.granularity == "token":
+        counted = torch.ones(index.K, dtype=torch.bool)
+        traj = index.traj_of_token
     else:
-        normal = _normal_scores(values, owner, size)
-    normal = torch.where(spread > options.std_floor, normal, 0.0)
+        counted = index.tokens_per_turn > 0
+        traj = index.traj_of_turn
+    pool = index.group_of_traj[traj] if options.step_pool == "group" else torch.zeros_like(traj)
+    normal = normalise(
+        step_reward[counted],
+        pool[counted],
+        traj[counted],
+        options.step_norm,
+        ddof=options.ddof,
+        std_floor=options.std_floor,
+    )
     if options.clip is not None:
         normal = normal.clamp(-options.clip, options.clip)
-    return torch.zeros(index.M, dtype=torch.float64).masked_scatter(acting, normal)
+    return torch.zeros(len(traj), dtype=torch.float64).masked_scatter(counted, normal)
 
 
-def _leave_trajectory_out(values: Tensor, owner: Tensor, traj: Tensor) -> Tensor:
-    """Step reward minus the mean over the turns of the pool's *other* trajectories; 0 where there are none."""
-    pools, trajs = int(owner.max()) + 1 if len(owner) else 0, int(traj.max()) + 1 if len(traj) else 0
-    others = count(owner, pools)[owner] - count(traj, trajs)[traj]
-    total = segment_sum(values, owner, pools)[owner] - segment_sum(values, traj, trajs)[traj]
-    return torch.where(others > 0, values - total / others.clamp(min=1), 0.0)
-
-
-def _normal_scores(values: Tensor, owner: Tensor, size: int) -> Tensor:
-    """Standard-normal quantile of each value's mid-rank inside its segment: ties share one score."""
-    below, equal = torch.empty_like(values), torch.empty_like(values)
-    for segment in range(size):
-        inside = owner == segment
-        mine = values[inside]
-        ordered = mine.sort().values
-        low = torch.searchsorted(ordered, mine)
-        below[inside] = low.double()
-        equal[inside] = (torch.searchsorted(ordered, mine, right=True) - low).double()
-    n = count(owner, size)[owner]
-    quantile: Tensor = torch.special.ndtri((below + equal / 2) / n)
-    return quantile
+def step_rewards(signals: Signals, options: OPRLOptions) -> Tensor:
+    """Returns r float64: of turns (M,), 0 without action tokens; of tokens (K,) with granularity ``token``."""
+    index = signals.index
+    if options.rewards == "environment":
+        assert signals.turn_reward is not None
+        reward = torch.where(index.tokens_per_turn > 0, signals.turn_reward.double(), 0.0)
+    else:
+        assert signals.token_reward is not None
+        if options.granularity == "token":
+            return signals.token_reward.double()
+        reward = segment_sum(signals.token_reward, index.turn_of_token, index.M)
+    return reward / index.tokens_per_turn.clamp(min=1) if options.per_token else reward
 
 
 def oprl(signals: Signals, options: OPRLOptions) -> Advantage:
-    """Returns A^E + alpha A^S per action token (K,). Needs `Signals.token_reward`."""
+    """Returns A^E + alpha A^S per action token (K,). Needs `Signals.token_reward` or, by option, `turn_reward`."""
     index = signals.index
-    assert signals.token_reward is not None, "the trainer gives token rewards to methods that need a PRM"
-    step_reward = segment_sum(signals.token_reward, index.turn_of_token, index.M)
-    if options.per_token:
-        step_reward = step_reward / index.tokens_per_turn.clamp(min=1)
-    episode = episode_advantage(index, signals.outcome, options.episode, ddof=options.ddof)
+    reward = step_rewards(signals, options)
     alpha = options.alpha if signals.prm_updates >= options.warmup_updates else 0.0
     if options.skill_gate:
         alpha *= signals.prm_skill or 0.0
-    step = alpha * step_advantage(index, step_reward, options)
-    if not options.uniform_groups:
-        acting = index.tokens_per_traj > 0
-        mixed = segment_std(signals.outcome[acting], index.group_of_traj[acting], index.G) > 0
-        step = torch.where(mixed[index.group_of_turn], step, 0.0)
+    applied = _applied(signals, options)
+    outcome = signals.outcome
+    if options.combine == "merged":
+        total, acting = segment_sum(reward, index.traj_of_turn, index.N), index.tokens_per_traj > 0
+        spread = segment_std(total[acting], index.group_of_traj[acting], index.G)[index.group_of_traj]
+        outcome = outcome + alpha * torch.where(applied & (spread > options.std_floor), total, 0.0)
+        step = torch.zeros(index.M, dtype=torch.float64)
+    else:
+        step = alpha * step_advantage(index, reward, options)
+    episode = episode_advantage(index, outcome, options.episode, ddof=options.ddof)
+    by_token = options.granularity == "token"
+    traj = index.traj_of_token if by_token else index.traj_of_turn
+    step = torch.where(applied[traj], step, 0.0)
     metrics = {
         "alpha": alpha,
-        "step_reward_mean": float(step_reward.mean()) if index.M else 0.0,
-        "step_reward_std": float(step_reward.std()) if index.M > 1 else 0.0,
-        "step_share": float(step.abs().sum() / (step.abs().sum() + episode[index.traj_of_turn].abs().sum() + 1e-12)),
+        "step_reward_mean": float(reward.mean()) if len(reward) else 0.0,
+        "step_reward_std": float(reward.std()) if len(reward) > 1 else 0.0,
+        "step_share": step_share(step, episode[traj]),
     }
-    return broadcast(index, episode, step, metrics)
+    return (broadcast_tokens if by_token else broadcast)(index, episode, step, metrics)
 
 
-OPRL = CreditMethod("oprl", OPRLOptions, oprl, needs_prm=True)
+def _applied(signals: Signals, options: OPRLOptions) -> Tensor:
+    """Returns (N,) bool: trajectories whose step rewards count (see `OPRLOptions.uniform_groups`)."""
+    index = signals.index
+    if options.uniform_groups:
+        return torch.ones(index.N, dtype=torch.bool)
+    acting = index.tokens_per_traj > 0
+    mixed = segment_std(signals.outcome[acting], index.group_of_traj[acting], index.G) > 0
+    return mixed[index.group_of_traj]
+
+
+def needs(options: OPRLOptions) -> frozenset[Need]:
+    """The PRM, or the environment's rewards in its place."""
+    return frozenset({"prm"} if options.rewards == "prm" else {"turn_rewards"})
+
+
+OPRL = CreditMethod("oprl", OPRLOptions, oprl, needs=needs)

@@ -2,5 +2,6 @@
 
 from agentrl.envs.core import AnyText, TextEnv
 from agentrl.envs.registry import environment_ids, make, register
+from agentrl.envs.tabular import Tabular
 
-__all__ = ["AnyText", "TextEnv", "environment_ids", "make", "register"]
+__all__ = ["AnyText", "Tabular", "TextEnv", "environment_ids", "make", "register"]

@@ -21,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces.space import Space
 
+from agentrl.envs.tabular import Tabular
 from agentrl.errors import ActionError, UserError
 from agentrl.types import Content
 
@@ -66,6 +67,10 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
     instructions: str = ""
     """System prompt: the rules and the action format, as the agent reads them."""
+    provides: ClassVar[dict[str, dict[str, Any]]] = {}
+    """What credit methods may ask of this environment, and the keyword arguments that make it so ({} = always):
+    ``state_keys`` (`info["state_key"]` after `reset` and every step), ``turn_rewards`` (rewards that say something
+    before the episode ends). For instance ``{"state_keys": {}, "turn_rewards": {"reward": "shaped"}}``."""
     fast: ClassVar[bool] = False
     """Declares that `reset` and `step` take well under a millisecond and cannot block: the collector then calls them
     directly. Everything else runs in threads or processes, where a deadline can cut it off."""
@@ -96,6 +101,15 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
         """What happens after text that is no action: by default the last observation under an error line."""
         last = self._last if isinstance(self._last, str) else ""
         return f"Invalid action: {error}\n{last}", 0.0, False, {}
+
+    def tabular(self) -> Tabular:
+        """The task instance of the current episode as a finite Markov decision process, for exact values.
+
+        Raises:
+            NotImplementedError: this environment has none.
+            UserError: it has too many states.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not tabular")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)

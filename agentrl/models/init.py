@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from agentrl.errors import ModelError, UnknownNameError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 MAX_CONTEXT = 4096
 """Longest context of the models made here, in tokens."""
@@ -97,13 +97,31 @@ def init_model(
         UserError: `out` cannot be written, or holds something that is no model.
     """
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3ForCausalLM
 
     from agentrl.models.load import save_model
 
     shape = _shape(preset, hidden, layers, heads)
     tokenizer = train_tokenizer(texts, vocab=vocab, words=words)
-    config = Qwen3Config(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(_network_config(shape, tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    save_model(model, tokenizer, out)
+    return {
+        "path": str(out),
+        "preset": preset,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocab": len(tokenizer),
+        **{name: getattr(shape, name) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")},
+    }
+
+
+def _network_config(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -118,24 +136,6 @@ def init_model(
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    save_model(model, tokenizer, out)
-    return {
-        "path": str(out),
-        "preset": preset,
-        "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab": len(tokenizer),
-        "hidden": shape.hidden,
-        "layers": shape.layers,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "mlp": shape.mlp,
-    }
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab: int = 512, words: Sequence[str] = ()) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentrl.errors import ModelError, UserError
+from agentrl.files import check_writable
 from agentrl.models.chat import HOW_TO_SET, ChatCodec
 
 if TYPE_CHECKING:
@@ -126,6 +127,25 @@ def load_model(
     return ready
 
 
+def check_model_output(path: str | Path) -> Path:
+    """Proves that a model can be written to `path`, before the work.
+
+    Raises:
+        UserError: the place cannot be written, or holds something that is no model.
+    """
+    path = Path(path)
+    _check_replaceable(path)
+    check_writable(path.parent)
+    return path
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not (path / "config.json").exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"cannot write a model to {str(path)!r}, which holds something that is no model; give a new directory"
+        )
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Writes a model directory (safetensors) that replaces `path` only when it is complete.
 
@@ -135,8 +155,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     from safetensors import SafetensorError
 
     target = Path(path).expanduser().resolve()
-    if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"cannot write a model to {str(path)!r}: something that is no model is there; give a new name")
+    _check_replaceable(target)
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     stale = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:

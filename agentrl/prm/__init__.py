@@ -1,6 +1,20 @@
-"""The implicit process reward model: a causal LM whose log-ratio to a reference is a reward for every turn."""
+"""Process reward models: a causal LM whose log-ratio to a reference rewards every turn, or one behind a server."""
 
 from agentrl.prm.implicit import ImplicitPRM
-from agentrl.prm.loss import PairTensors, pair_accuracy, pair_loss
+from agentrl.prm.loss import PairTensors, ce_loss, label_accuracy, pair_accuracy, pair_loss
+from agentrl.prm.objective import LabelObjective, Objective, PairObjective, make_objective
+from agentrl.prm.served import ServedPRM
 
-__all__ = ["ImplicitPRM", "PairTensors", "pair_accuracy", "pair_loss"]
+__all__ = [
+    "ImplicitPRM",
+    "LabelObjective",
+    "Objective",
+    "PairObjective",
+    "PairTensors",
+    "ServedPRM",
+    "ce_loss",
+    "label_accuracy",
+    "make_objective",
+    "pair_accuracy",
+    "pair_loss",
+]

@@ -1,12 +1,13 @@
-"""The implicit PRM and its online training (OPRL, arXiv 2509.19199 Eq. 1-2; algorithms.md 1.4-1.12).
+"""The implicit PRM and its online training (OPRL, arXiv 2509.19199 Eq. 1-2; PRIME, arXiv 2502.01456).
 
 A causal LM phi whose log-ratio to a reference is a reward for every token, trained so that the trajectory scores
 
     Q_i = beta sum_k w_k (s_phi[k] - s_ref[k])            w = 1 (`score: sum`) or 1/T_i (`score: mean`)
 
-order the pairs of a group by outcome (w = 0 below `min_probability`). `s` is the log-prob, or with `centred` the
-log-prob minus its expectation under the policy that acts: then the expected reward of every turn is zero, and length
-alone moves nothing (the plain form gives every turn -beta KL <= 0 on average, so that longer means lower).
+order the pairs of a group by outcome, or predict each outcome: `agentrl.prm.objective` (w = 0 below `min_probability`).
+`s` is the log-prob, or with `centred` the log-prob minus its expectation under the policy that acts: then the expected
+reward of every turn is zero, and length alone moves nothing (the plain form gives every turn -beta KL <= 0 on average,
+so that longer means lower). See algorithms.md 1.4-1.12, 4.
 
 The update is exact whatever the micro-batch: pass 1 scores without gradient, the loss is differentiated with respect to
 the N scores, pass 2 back-propagates sum_k dL/dQ_i beta w_k s_phi[k] row by row.
@@ -22,15 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.batch import Batch, Centre, TokenScores, build_batch, hidden_states, score, score_microbatch
+from agentrl.batch import Batch, Centre, TokenScores, hidden_states, score, score_microbatch
 from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PRMConfig
 from agentrl.errors import AgentRLError, NonFiniteError
-from agentrl.prm.loss import PairTensors, pair_accuracy, pair_loss
+from agentrl.prm.loss import PairTensors, pair_accuracy
+from agentrl.prm.objective import Objective, make_objective
+from agentrl.prm.replay import learn_from_draws
 from agentrl.types import Trajectory
 
 Tensor = torch.Tensor
+
+SLOPE_FLOOR = 1e-6
+"""dL/dQ that is worth learning from: where some score has more, a step that moves no parameter is a fault."""
 
 
 class ImplicitPRM:
@@ -92,49 +98,60 @@ class ImplicitPRM:
         """
         if self.config.reference == "rebase" and iteration > 0 and iteration % self.config.rebase_every == 0:
             self._rebase(policy)
-        centre = self._centre(batch, policy)
-        reference = self._reference_scores(batch, policy, centre)
-        before = self._scores(batch, centre)
+        centre = self.centre(batch, policy)
+        reference = self.reference_scores(batch, policy, centre)
+        before = self.scores(batch, centre)
         reward = self._reward(batch, before - reference)
-        pairs = PairTensors.of(preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 0)))
+        pairs = self.pairs(batch.trajectories, self.draw(iteration, 0))
+        objective = self.objective(batch.trajectories, outcome, pairs)
         metrics = self._health(batch, reward, before, pairs)
+        metrics |= objective.health(self.trajectory_scores(batch, before - reference))
         if replay or self.config.holdout or self.config.groups_per_update is not None:
-            metrics |= self._learn_from_draws(batch, policy, replay, iteration)
+            metrics |= learn_from_draws(self, batch, outcome, policy, replay, iteration)
         else:
-            metrics |= self._learn_from_new(batch, outcome, pairs, reference, centre, before)
+            metrics |= self._learn_from_new(batch, objective, reference, centre, before)
         if self.config.order == "update_then_score" and metrics["prm_steps"]:
-            reward = self._reward(batch, self._scores(batch, centre) - reference)
+            reward = self._reward(batch, self.scores(batch, centre) - reference)
             metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
         if not torch.isfinite(reward).all():
             raise NonFiniteError("the PRM's rewards are not finite")
         return reward, metrics
 
+    def judge(self, batch: Batch, policy: Any) -> tuple[Tensor, dict[str, float]]:
+        """Rewards (K,) of a batch and its health metrics, without learning from it. Arguments as in `step`."""
+        centre = self.centre(batch, policy)
+        s = self.scores(batch, centre)
+        reward = self._reward(batch, s - self.reference_scores(batch, policy, centre))
+        return reward, self._health(batch, reward, s, self.pairs(batch.trajectories, self.draw(0, 3)))
+
     def update(
         self,
         batch: Batch,
-        outcome: Tensor,
-        pairs: PairTensors,
+        objective: Objective,
         reference: Tensor,
         centre: Centre | None = None,
         before: Tensor | None = None,
     ) -> dict[str, float]:
-        """One exact two-pass optimiser step on `pairs` of `batch`.
+        """One exact two-pass optimiser step.
 
         Args:
             batch: N trajectories, K tokens.
-            outcome: (N,).
-            pairs: P > 0 pairs.
+            objective: over these N; must have members.
             reference: (K,) the reference's s.
             centre: what to centre on, with `config.centred`.
             before: (K,) the PRM's own s where it is known already; saves pass 1.
 
         Returns:
             loss, gradient norm, and how far the parameters moved relative to their size.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is NaN or infinite.
+            AgentRLError: the parameters stay where they are although the loss has a slope.
         """
-        involved = sorted({*pairs.winner.tolist(), *pairs.loser.tolist()})
+        involved = objective.members
         if before is None:
-            before = self._scores(batch, centre, involved)
-        loss, weight = self.token_weights(batch, outcome, pairs, before - reference)
+            before = self.scores(batch, centre, involved)
+        loss, weight = self.token_weights(batch, objective, before - reference)
         if not math.isfinite(loss):
             raise NonFiniteError(f"the PRM's loss is {loss}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,19 +167,18 @@ class ImplicitPRM:
         self.optimizer.step()
         self.updates += 1
         moved = float((self._sample_parameters() - sample).norm() / sample.norm())
-        if moved == 0 and grad_norm > 0:
-            raise AgentRLError(
-                f"the PRM did not move although its gradient norm is {grad_norm:.3g}: is prm.lr too small?"
-            )
+        if moved == 0 and float(weight.abs().max()) > SLOPE_FLOOR * self.config.beta:
+            reason = f"its gradient norm is {grad_norm:.3g}: is prm.lr={self.config.lr:g} too small?"
+            if grad_norm == 0:
+                reason = "its loss has a slope: no gradient reaches its parameters"
+            raise AgentRLError(f"the PRM did not move although {reason}")
         return {"prm_loss": loss, "prm_grad_norm": grad_norm, "prm_moved": moved}
 
-    def token_weights(
-        self, batch: Batch, outcome: Tensor, pairs: PairTensors, log_ratio: Tensor
-    ) -> tuple[float, Tensor]:
+    def token_weights(self, batch: Batch, objective: Objective, log_ratio: Tensor) -> tuple[float, Tensor]:
         """Returns the loss and its derivative with respect to each token's s_phi, (K,) float64 (algorithms.md 1.7)."""
         index = batch.index
         scores = self.trajectory_scores(batch, log_ratio).requires_grad_(True)
-        loss = pair_loss(scores, pairs, self.config.loss, outcome.double())
+        loss = objective.loss(scores)
         (slope,) = torch.autograd.grad(loss, scores)
         if self.config.score == "mean":
             slope = slope / index.turns_per_traj.clamp(min=1)
@@ -174,77 +190,29 @@ class ImplicitPRM:
         total = segment_sum(self._reward(batch, log_ratio), index.traj_of_token, index.N)
         return total / index.turns_per_traj.clamp(min=1) if self.config.score == "mean" else total
 
-    def _learn_from_new(
-        self,
-        batch: Batch,
-        outcome: Tensor,
-        pairs: PairTensors,
-        reference: Tensor,
-        centre: Centre | None,
-        before: Tensor,
-    ) -> dict[str, float]:
-        """The optimiser steps of an iteration on the new batch alone; what judged it serves the first step too."""
-        metrics = {"pairs": float(len(pairs.winner)), "prm_steps": 0.0}
-        for number in range(self.config.updates if len(pairs.winner) else 0):
-            known = before if number == 0 else None
-            metrics |= self.update(batch, outcome, pairs, reference, centre, known)
-            metrics["prm_steps"] += 1
-        return metrics
+    def pairs(self, trajectories: Sequence[Trajectory], seed: int) -> PairTensors:
+        """Returns the preference pairs of `trajectories`; `seed` decides matchings and ties."""
+        return PairTensors.of(preference_pairs(trajectories, self.pair_config, seed=seed))
 
-    def _learn_from_draws(
-        self, batch: Batch, policy: Any, replay: Sequence[Trajectory], iteration: int
-    ) -> dict[str, float]:
-        """The optimiser steps of an iteration, each on groups drawn from the new batch and what is replayed."""
-        if replay:
-            batch = build_batch([*batch.trajectories, *replay], device=batch.device)
-        pairs = preference_pairs(batch.trajectories, self.pair_config, seed=self._draw(iteration, 1))
-        groups = batch.index.group_of_traj
-        mixed = sorted({int(groups[pair.winner]) for pair in pairs})
-        metrics: dict[str, float] = {"pairs": float(len(pairs)), "prm_steps": 0.0}
-        if not mixed:
-            return metrics
-        random = np.random.default_rng(self._draw(iteration, 2))
-        held = set(random.permutation(mixed)[: round(self.config.holdout * len(mixed))].tolist())
-        trained = [group for group in mixed if group not in held]
-        best = self._held_out_loss(batch, pairs, held, policy) if held and trained else math.inf
-        for _ in range(self.config.updates if trained else 0):
-            chosen = set(trained)
-            if (limit := self.config.groups_per_update) is not None and limit < len(trained):
-                chosen = set(random.choice(trained, size=limit, replace=False).tolist())
-            part, sub = _restrict(batch, pairs, chosen)
-            centre = self._centre(part, policy)
-            reference = self._reference_scores(part, policy, centre)
-            result = self.update(part, _outcome_of(part), PairTensors.of(sub), reference, centre)
-            metrics |= result
-            metrics["prm_steps"] += 1
-            if held:
-                loss = self._held_out_loss(batch, pairs, held, policy)
-                metrics["prm_holdout_loss"] = loss
-                if loss > best:
-                    break
-                best = loss
-        return metrics
+    def objective(self, trajectories: Sequence[Trajectory], outcome: Tensor, pairs: PairTensors) -> Objective:
+        """Returns what `prm.loss` makes of N trajectories, their outcomes (N,) and pairs."""
+        return make_objective(self.config.loss, trajectories, outcome, pairs)
 
-    def _held_out_loss(self, batch: Batch, pairs: list[Any], held: set[int], policy: Any) -> float:
-        part, sub = _restrict(batch, pairs, held)
-        centre = self._centre(part, policy)
-        log_ratio = self._scores(part, centre) - self._reference_scores(part, policy, centre)
-        scores = self.trajectory_scores(part, log_ratio)
-        return float(pair_loss(scores, PairTensors.of(sub), self.config.loss, _outcome_of(part)))
-
-    def _centre(self, batch: Batch, policy: Any) -> Centre | None:
+    def centre(self, batch: Batch, policy: Any) -> Centre | None:
+        """Returns what `config.centred` centres on; None without it."""
         if not self.config.centred:
             return None
         return Centre(policy, hidden_states(policy, batch, budget=self.budget))
 
-    def _reference_scores(self, batch: Batch, policy: Any, centre: Centre | None) -> Tensor:
-        """(K,) s of the reference: recorded while sampling for ``behaviour``, else one forward pass."""
+    def reference_scores(self, batch: Batch, policy: Any, centre: Centre | None) -> Tensor:
+        """Returns (K,) s of the reference: recorded while sampling for ``behaviour``, else one forward pass."""
         if self.config.reference == "behaviour" and centre is None:
             return batch.behaviour
         model = policy if self.config.reference == "behaviour" else self.reference
         return self._pick(score(model, batch, budget=self.budget, temperature=self.temperature, centre=centre))
 
-    def _scores(self, batch: Batch, centre: Centre | None, trajectories: Sequence[int] | None = None) -> Tensor:
+    def scores(self, batch: Batch, centre: Centre | None, trajectories: Sequence[int] | None = None) -> Tensor:
+        """Returns (K,) s of the PRM, without gradient; 0 outside `trajectories` (positions; None = all)."""
         return self._pick(
             score(
                 self.model,
@@ -255,6 +223,21 @@ class ImplicitPRM:
                 trajectories=trajectories,
             )
         )
+
+    def draw(self, iteration: int, purpose: int) -> int:
+        """Returns the seed of one of an iteration's draws."""
+        return int(np.random.SeedSequence((self.seed, iteration, purpose)).generate_state(1)[0])
+
+    def _learn_from_new(
+        self, batch: Batch, objective: Objective, reference: Tensor, centre: Centre | None, before: Tensor
+    ) -> dict[str, float]:
+        """The optimiser steps of an iteration on the new batch alone; what judged it serves the first step too."""
+        metrics = objective.size() | {"prm_steps": 0.0}
+        for number in range(self.config.updates if objective.members else 0):
+            known = before if number == 0 else None
+            metrics |= self.update(batch, objective, reference, centre, known)
+            metrics["prm_steps"] += 1
+        return metrics
 
     def _known(self, batch: Batch) -> Tensor:
         """(K,) bool: tokens likely enough under the policy that sampled them for the PRM to know anything of them."""
@@ -303,9 +286,6 @@ class ImplicitPRM:
         """A fixed sample of every tensor: enough to see whether the PRM moves, at no memory worth naming."""
         return torch.cat([p.detach().flatten()[:256].float().cpu() for p in self.model.parameters()])
 
-    def _draw(self, iteration: int, purpose: int) -> int:
-        return int(np.random.SeedSequence((self.seed, iteration, purpose)).generate_state(1)[0])
-
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and counters (weights are saved apart, as safetensors)."""
         return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
@@ -314,18 +294,3 @@ class ImplicitPRM:
         """Restores what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
-
-
-def _outcome_of(batch: Batch) -> Tensor:
-    return torch.tensor([t.outcome for t in batch.trajectories], dtype=torch.float64)
-
-
-def _restrict(batch: Batch, pairs: list[Any], groups: set[int]) -> tuple[Batch, list[Any]]:
-    """The trajectories of `groups` that stand in a pair, as a batch of their own, and their pairs."""
-    of = batch.index.group_of_traj.tolist()
-    kept = [pair for pair in pairs if of[pair.winner] in groups]
-    members = sorted({n for pair in kept for n in (pair.winner, pair.loser)})
-    place = {n: position for position, n in enumerate(members)}
-    part = build_batch([batch.trajectories[n] for n in members], device=batch.device)
-    moved = [pair.model_copy(update={"winner": place[pair.winner], "loser": place[pair.loser]}) for pair in kept]
-    return part, moved

@@ -1,4 +1,4 @@
-"""Losses over preference pairs of trajectory scores."""
+"""Losses and accuracies of trajectory scores: over preference pairs, and over single labels."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ def pair_accuracy(scores: Tensor, pairs: PairTensors) -> float:
     """Share of pairs whose winner has the higher score; ties count one half."""
     gap = scores[pairs.winner] - scores[pairs.loser]
     return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean())
+
+
+def ce_loss(scores: Tensor, success: Tensor) -> Tensor:
+    """Mean cross-entropy -log sigmoid(+-Q) of single outcomes (PRIME, arXiv 2502.01456; algorithms.md 4.1).
+
+    Args:
+        scores: (N,) trajectory scores Q; must not be empty.
+        success: (N,) 1 or True where the trajectory succeeded.
+    """
+    return F.binary_cross_entropy_with_logits(scores, success.to(scores))
+
+
+def label_accuracy(scores: Tensor, success: Tensor) -> float:
+    """Share of trajectories whose sigmoid(Q) > 0.5 says just what their label (N,) says."""
+    return float(((scores > 0) == success.bool()).double().mean())

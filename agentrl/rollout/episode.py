@@ -131,6 +131,7 @@ class Episode:
         if shared.pool.instructions is not None:
             instructions = shared.pool.instructions
         trajectory.instructions = instructions
+        trajectory.start_info = stored_info(info)
         shared.starts.check(trajectory, job, instructions, observation)
         if shared.codec is not None:
             self._context = ContextBuilder(shared.codec, instructions, shared.window)

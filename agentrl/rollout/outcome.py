@@ -15,7 +15,8 @@ def score(trajectory: Trajectory, config: OutcomeConfig) -> tuple[float, bool]:
     The environment's word is ``info["success"]`` of the last turn; an episode that a limit cut off is therefore a
     success only where the environment said so. ``rule="success"`` pays 1 for it. ``rule="return"`` pays the sum of the
     environment's rewards; with `success_above` set, a success is an outcome strictly above it, whatever ended the
-    episode (a dialogue that runs to its turn limit may well have reached its goal).
+    episode (a dialogue that runs to its turn limit may well have reached its goal). ``truncated="failure"`` makes every
+    episode that a limit cut off a failure with an outcome of at most 0.
 
     Args:
         trajectory: any trajectory; those that infrastructure ended score (0.0, False) and must not be averaged.
@@ -28,6 +29,10 @@ def score(trajectory: Trajectory, config: OutcomeConfig) -> tuple[float, bool]:
         return 0.0, False
     solved = bool(trajectory.turns and trajectory.turns[-1].info.get("success", False))
     if config.rule == "success":
-        return float(solved), solved
-    outcome = float(trajectory.total_reward)
-    return outcome, solved if config.success_above is None else outcome > config.success_above
+        outcome, success = float(solved), solved
+    else:
+        outcome = float(trajectory.total_reward)
+        success = solved if config.success_above is None else outcome > config.success_above
+    if config.truncated == "failure" and trajectory.truncated:
+        return min(outcome, 0.0), False
+    return outcome, success

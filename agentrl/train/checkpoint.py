@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from agentrl.config import RunConfig
 from agentrl.errors import DataError, UserError
 from agentrl.models.load import write_model
 
@@ -94,6 +95,37 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise broken(path, error) from error
     return state
+
+
+def check_same_config(path: Path, stored: dict[str, Any], config: RunConfig, file: Path) -> None:
+    """Checks that a checkpoint was written by the same run; settings that it does not know yet have their defaults.
+
+    Raises:
+        UserError: names the settings that differ.
+    """
+    ours, theirs, defaults = (
+        _flat({key: value for key, value in values.items() if key not in ("run_dir", "name", "log")})
+        for values in (config.model_dump(mode="json"), stored, RunConfig().model_dump(mode="json"))
+    )
+    changed = [key for key in ours if ours[key] != theirs.get(key, defaults.get(key))]
+    changed += [key for key in theirs if key not in ours]
+    if changed:
+        shown = ", ".join(f"{key}={theirs.get(key)!r} then, {ours.get(key)!r} now" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{path} was written with another configuration ({shown}{more}); resume with the one in {file}, or start a "
+            "new run_dir"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def broken(path: Path, error: Exception) -> DataError:

@@ -144,7 +144,7 @@ def rollout_metrics(collected: Collected) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall seconds of an iteration by part: generation, environment, prm, policy, other."""
+    """Wall seconds of an iteration by part; ``prm`` holds all judges, ``policy`` the critic's update too."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("generation", "environment", "prm", "policy", "other"), 0.0)

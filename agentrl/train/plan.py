@@ -10,7 +10,7 @@ def batch_plan(config: RunConfig) -> str:
     """Returns the plan as a few lines of text: episodes, optimiser steps, forward passes, evaluations."""
     rollout, update, prm = config.rollout, config.policy_update, config.prm
     episodes = rollout.groups * rollout.group_size
-    method, _ = load_credit(config.credit.method, config.credit.options)
+    method, options = load_credit(config.credit.method, config.credit.options)
     pool = f"a pool of {rollout.tasks}" if rollout.tasks else "fresh seeds"
     steps = update.epochs * min(update.minibatches, episodes)
     lines = [
@@ -20,12 +20,16 @@ def batch_plan(config: RunConfig) -> str:
         f"about {-(-episodes // max(1, update.minibatches))} episodes each, lr {update.lr:g} ({update.schedule})",
         f"memory    forward passes of at most {update.tokens_per_microbatch:,} tokens; no effect on the result",
     ]
-    if method.needs_prm:
+    needs = method.needs_of(options)
+    if "prm" in needs:
         groups = "all groups" if prm.groups_per_update is None else f"{prm.groups_per_update} groups"
         lines.append(
-            f"prm       {prm.updates} AdamW steps on pairs of {groups} of the last {prm.replay_iterations} iterations, "
-            f"lr {prm.lr:g}, reference {prm.reference}, {prm.order.replace('_', ' ')}"
+            f"prm       {prm.updates} AdamW steps ({prm.loss}) on {groups} of the last {prm.replay_iterations} "
+            f"iterations, lr {prm.lr:g}, reference {prm.reference}, {prm.order.replace('_', ' ')}"
         )
+    if "values" in needs:
+        critic = config.critic
+        lines.append(f"critic    {critic.epochs} epoch x {critic.minibatches} mini-batches, lr {critic.lr:g}")
     lines.append(f"credit    {config.credit.method} {config.credit.options or ''}".rstrip())
     every = f"every {config.eval.every} iterations" if config.eval.every else "never"
     lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def update_policy(
     temperature: float = 1.0,
     reference: Tensor | None = None,
     seed: int = 0,
+    trajectories: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Trains `model` on one batch: `epochs` x `minibatches` optimiser steps.
 
@@ -58,6 +60,7 @@ def update_policy(
         temperature: of the sampler.
         reference: (K,) log-probs of the initial policy, if `kl_coef` > 0.
         seed: deals trajectories out to mini-batches.
+        trajectories: positions of those that carry loss; None = all.
 
     Returns:
         metrics: loss, gradient norm, clip fraction, mean ratio, KL to the behaviour policy, entropy, and the largest
@@ -70,9 +73,10 @@ def update_policy(
         raise NonFiniteError("an advantage is not finite")
     log = _Log()
     random = np.random.default_rng(seed)
+    chosen = np.arange(batch.index.N) if trajectories is None else np.asarray(trajectories, dtype=np.int64)
     for epoch in range(config.epochs):
-        order = random.permutation(batch.index.N)
-        for number, members in enumerate(np.array_split(order, max(1, min(config.minibatches, batch.index.N)))):
+        order = random.permutation(chosen)
+        for number, members in enumerate(np.array_split(order, max(1, min(config.minibatches, len(chosen))))):
             first = epoch == 0 and number == 0
             _step(model, optimizer, batch, advantage, config, temperature, reference, members, log, first)
     return log.means()

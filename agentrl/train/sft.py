@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from agentrl.batch import build_batch, score_microbatch
+from agentrl.batch import Batch, build_batch, score_microbatch
 from agentrl.buffer import read_jsonl
 from agentrl.config.schema import parse_history
 from agentrl.errors import DataError, NonFiniteError
@@ -24,6 +24,9 @@ from agentrl.models.chat import ChatCodec
 from agentrl.models.load import load_model, load_tokenizer, save_model
 from agentrl.rollout.context import ContextBuilder
 from agentrl.types import Trajectory, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def tokenise(trajectory: Trajectory, chat: ChatCodec, history: str) -> Trajectory:
@@ -51,19 +54,27 @@ def tokenise(trajectory: Trajectory, chat: ChatCodec, history: str) -> Trajector
 
 
 def demonstrations(
-    data: str | Path | Iterable[str | Path | Trajectory], *, only_success: bool = False
+    data: str | Path | Iterable[str | Path | Trajectory],
+    *,
+    only_success: bool = False,
+    on_error: Literal["skip", "raise"] = "raise",
+    on_skip: Callable[[DataError], None] | None = None,
 ) -> list[Trajectory]:
     """Returns the episodes of `data` that can be learnt from: those that infrastructure ended are left out.
 
     Args:
         data: JSONL files, or trajectories.
         only_success: leave out episodes that failed.
+        on_error: what a broken line does (see `read_jsonl`).
+        on_skip: called with the error of each skipped line; None warns.
 
     Raises:
-        DataError: a broken line, or nothing left to learn from.
+        DataError: a broken line (``raise``), or nothing left to learn from.
     """
     items = [data] if isinstance(data, (str, Path)) else list(data)
-    found = [t for item in items for t in ([item] if isinstance(item, Trajectory) else read_jsonl(item))]
+    found: list[Trajectory] = []
+    for item in items:
+        found += [item] if isinstance(item, Trajectory) else read_jsonl(item, on_error=on_error, on_skip=on_skip)
     kept = [t for t in found if t.scorable and t.turns and (t.success or not only_success)]
     if not kept:
         what = "successful episodes" if only_success else "finished episodes with turns"
@@ -121,6 +132,31 @@ def sft(
     lm = load_model(model, train=True)
     episodes = [tokenise(t, chat, history) for t in episodes]
     plan = _plan(episodes, epochs, batch_tokens, seed)
+    losses, tokens = _fit(lm, episodes, plan, lr, batch_tokens, max_seconds, started, on_step)
+    save_model(lm, tokenizer, out)
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "model": str(out),
+        "loss": sum(last) / len(last),
+        "steps": len(losses),
+        "episodes": len(episodes),
+        "turns": sum(len(t.turns) for t in episodes),
+        "tokens": tokens,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _fit(
+    lm: PreTrainedModel,
+    episodes: Sequence[Trajectory],
+    plan: Sequence[Sequence[int]],
+    lr: float,
+    batch_tokens: int,
+    max_seconds: float | None,
+    started: float,
+    on_step: Callable[[dict[str, float]], None] | None,
+) -> tuple[list[float], int]:
+    """Takes the steps of `plan`. Returns the loss of each and the tokens read; see `sft` for the rest."""
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.01)
     losses: list[float] = []
     tokens = 0
@@ -133,34 +169,27 @@ def sft(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (0.05 * len(plan) + 1)) * (0.55 + 0.45 * math.cos(math.pi * done))
         batch = build_batch([episodes[i] for i in members])
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for micro in batch.microbatches(batch_tokens):
-            loss = -score_microbatch(lm, micro).logprob.sum() / batch.index.K
-            loss.backward()
-            total += float(loss.detach())
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0))
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise NonFiniteError(
-                f"sft: loss {total}, gradient norm {grad_norm} at step {step}; lower the learning rate"
-            )
-        optimizer.step()
-        losses.append(total)
+        losses.append(_step(lm, optimizer, batch, batch_tokens, step))
         tokens += batch.tokens
         if on_step is not None:
             rate = tokens / (time.perf_counter() - started)
-            on_step({"step": step + 1, "steps": len(plan), "loss": total, "tokens_per_second": rate})
-    save_model(lm, tokenizer, out)
-    last = losses[-max(1, len(losses) // 10) :]
-    return {
-        "model": str(out),
-        "loss": sum(last) / len(last),
-        "steps": len(losses),
-        "episodes": len(episodes),
-        "turns": sum(len(t.turns) for t in episodes),
-        "tokens": tokens,
-        "seconds": time.perf_counter() - started,
-    }
+            on_step({"step": step + 1, "steps": len(plan), "loss": losses[-1], "tokens_per_second": rate})
+    return losses, tokens
+
+
+def _step(lm: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, batch_tokens: int, step: int) -> float:
+    """Takes one optimiser step on the mean negative log-likelihood of the batch's action tokens; returns it."""
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for micro in batch.microbatches(batch_tokens):
+        loss = -score_microbatch(lm, micro).logprob.sum() / batch.index.K
+        loss.backward()
+        total += float(loss.detach())
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0))
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"sft: loss {total}, gradient norm {grad_norm} at step {step}; lower the learning rate")
+    optimizer.step()
+    return total
 
 
 def _plan(episodes: Sequence[Trajectory], epochs: int, batch_tokens: int, seed: int) -> list[list[int]]:

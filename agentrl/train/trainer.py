@@ -1,6 +1,6 @@
 """One iteration of training reads from top to bottom in `Trainer.iterate`; each line is a call to a part.
 
-    collect -> outcome -> buffer -> PRM -> credit -> policy update -> sync -> log, evaluate, checkpoint
+    gather -> buffer -> batch -> judge (PRM, reference, critic) -> credit -> update -> sync -> log, evaluate, checkpoint
 
 The trainer knows no credit method by name: it computes what the method declares it needs. It duplicates, drops and pads
 nothing: episodes that infrastructure ended are counted and left out, everything else is trained on as it was sampled.
@@ -8,32 +8,32 @@ nothing: episodes that infrastructure ended are counted and left out, everything
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from agentrl.batch import build_batch, score
+from agentrl.batch import build_batch
 from agentrl.batch.rows import Batch
 from agentrl.buffer import TrajectoryBuffer, write_jsonl
 from agentrl.buffer.pairs import pair_counts
-from agentrl.config import RunConfig, config_sha256, dump_config
+from agentrl.config import RunConfig, dump_config
 from agentrl.credit import Advantage, Signals, load_credit
 from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError, UserError
 from agentrl.evaluate import EvalResult, evaluate
 from agentrl.models.load import fingerprint, load_model, load_tokenizer, save_model
 from agentrl.policy import ModelPolicy, Sampling, load_policy
-from agentrl.prm import ImplicitPRM
-from agentrl.rollout import Collected, Collector, Task, run
-from agentrl.train.checkpoint import broken, checkpoints, read_state, write_checkpoint
+from agentrl.rollout import Collector, run
+from agentrl.train.checkpoint import broken, check_same_config, checkpoints, read_state, write_checkpoint
+from agentrl.train.gather import Dealer, Gathered, gather
+from agentrl.train.judge import Judge
 from agentrl.train.metrics import Clock, MetricsLog, rollout_metrics
 from agentrl.train.plan import batch_plan
 from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
 from agentrl.train.preflight import check_run, check_run_dir, needed_bytes
+from agentrl.train.shaping import invalid_turns, trainable
 from agentrl.train.stop import StopRequest
 from agentrl.types import Trajectory
 
@@ -47,8 +47,7 @@ class Judged(NamedTuple):
     """What the last iteration found out about its turns, before the policy was updated."""
 
     batch: Batch
-    token_reward: torch.Tensor | None
-    """(K,)"""
+    signals: Signals
     advantage: Advantage
 
 
@@ -83,17 +82,17 @@ class Trainer:
 
         self.tokenizer = load_tokenizer(config.model.path)
         self.model = load_model(config.model.path, device=config.model.device, dtype=config.model.dtype, train=True)
-        self.initial = self._copy(self.model) if config.policy_update.kl_coef > 0 else None
         policy = load_policy(config.model.engine, model=self.model, tokenizer=self.tokenizer)
         if not isinstance(policy, ModelPolicy):
             raise UserError(f"model.engine={config.model.engine!r} has no weights and cannot be trained")
         self.policy = policy
         self.optimizer = make_optimizer(self.model, config.policy_update)
-        self.prm = self._make_prm() if self.credit.needs_prm else None
+        self.judge = Judge(config, self.model, self.credit.needs_of(self.credit_options))
         found = checkpoints(Path(config.run_dir) / "checkpoints")
         self.run_dir = check_run_dir(config, resume=resume, need_bytes=self._needed_bytes(len(found)))
         self.collector = Collector(policy, config.env, config.rollout, config.outcome, on_episode=on_episode)
         self.buffer = TrajectoryBuffer(config.buffer.keep_iterations)
+        self.dealer = Dealer(config)
         self.iteration = 0
         self.last: Judged | None = None
         self.started = time.perf_counter()
@@ -132,29 +131,21 @@ class Trainer:
 
     def iterate(self) -> Metrics:
         """One iteration, from rollout to synced weights. Returns its metrics."""
-        config, clock = self.config, Clock()
-        collected = self._collect()
-        clock.split(collected.seconds)
-        trajectories = collected.trajectories
+        clock = Clock()
+        gathered = self._gather()
+        clock.split(gathered.played.seconds)
+        trajectories = gathered.trajectories
         self.buffer.append(trajectories, self.iteration)
-        batch = build_batch(trajectories, device=config.model.device)
-        outcome = torch.tensor([t.outcome for t in trajectories], dtype=torch.float64)
+        batch = build_batch(trajectories, device=self.config.model.device)
         clock.lap("other")
         try:
-            reward, prm_metrics = self._judge(batch, outcome)
+            replay = [t for t in self.buffer.latest(self.config.prm.replay_iterations) if t.iteration != self.iteration]
+            signals, judge_metrics = self.judge.judge(batch, self.model, replay, self.iteration)
             clock.lap("prm")
-            advantage = self.credit(
-                Signals(
-                    batch.index,
-                    outcome,
-                    token_reward=reward,
-                    prm_updates=self.prm.updates if self.prm else 0,
-                    prm_skill=prm_metrics.get("prm_skill"),
-                ),
-                self.credit_options,
-            )
-            self.last = Judged(batch, reward, advantage)
-            policy_metrics = self._update(batch, advantage.token - self._invalid_action_penalty(batch))
+            advantage = self.credit(signals, self.credit_options)
+            self.last = Judged(batch, signals, advantage)
+            clock.lap("other")
+            policy_metrics = self._update(batch, signals, advantage)
             clock.lap("policy")
         except NonFiniteError as error:
             raise NonFiniteError(f"iteration {self.iteration}: {error}; {self._keep_evidence(trajectories)}") from error
@@ -163,33 +154,18 @@ class Trainer:
         clock.lap("other")
         return {
             "iteration": self.iteration,
-            **rollout_metrics(collected),
-            **prm_metrics,
+            **rollout_metrics(gathered.played),
+            **gathered.dropped,
+            **judge_metrics,
             **{f"credit_{name}": value for name, value in advantage.metrics.items()},
             "advantage_std": float(advantage.token.std()) if batch.index.K > 1 else 0.0,
             **policy_metrics,
-            "groups": pair_counts([*trajectories, *collected.failed]),
+            "groups": pair_counts([*gathered.played.trajectories, *gathered.played.failed]),
             "seconds": clock.seconds,
             "elapsed": time.perf_counter() - self.started,
             "tokens": batch.tokens,
             "action_tokens": batch.index.K,
         }
-
-    def tasks(self) -> list[Task]:
-        """The task instances of this iteration: fresh seeds, or the next ones of a pool dealt in seeded epochs."""
-        rollout, base = self.config.rollout, self.config.training_seeds()[0]
-        first = self.iteration * rollout.groups
-        places = range(first, first + rollout.groups)
-        if rollout.tasks:
-            epochs = {place // rollout.tasks for place in places}
-            deal = {e: np.random.default_rng((self.config.seed, e)).permutation(rollout.tasks) for e in epochs}
-            numbers = [int(deal[place // rollout.tasks][place % rollout.tasks]) for place in places]
-        else:
-            numbers = list(places)
-        return [
-            Task(seed=base + number, group_id=f"{self.iteration:06d}-{g:04d}", members=rollout.group_size)
-            for g, number in enumerate(numbers)
-        ]
 
     def evaluate(self, *, temperature: float | None = None) -> EvalResult:
         """Plays the held-out tasks with the current weights."""
@@ -208,24 +184,26 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of everything the run needs to go on."""
-        models = {"policy": (self.model, self.tokenizer)}
+        models = {"policy": self.model, **self.judge.models()}
         state: dict[str, Any] = {
             "iteration": self.iteration,
+            "drawn": self.dealer.drawn,
             "version": self.policy.version,
             "optimizer": self.optimizer.state_dict(),
+            "judge": self.judge.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "elapsed": time.perf_counter() - self.started,
-            "config_sha256": config_sha256(self.config),
+            "config": self.config.model_dump(mode="json"),
         }
-        if self.prm is not None:
-            models["prm"] = (self.prm.model, self.tokenizer)
-            state["prm"] = self.prm.state_dict()
-            if self.config.prm.reference == "rebase":
-                models["prm_reference"] = (self.prm.reference, self.tokenizer)
         # The model first: a kill in between leaves an older checkpoint to go on from, which will write it again.
         save_model(self.model, self.tokenizer, self.run_dir / "model")
         return write_checkpoint(
-            self.run_dir / "checkpoints", self.iteration, models, state, self.buffer, self.config.checkpoint.keep
+            self.run_dir / "checkpoints",
+            self.iteration,
+            {name: (model, self.tokenizer) for name, model in models.items()},
+            state,
+            self.buffer,
+            self.config.checkpoint.keep,
         )
 
     def close(self) -> None:
@@ -234,7 +212,7 @@ class Trainer:
         run(self.policy.aclose())
         self.log.close()
 
-    def _collect(self) -> Collected:
+    def _gather(self) -> Gathered:
         """Plays this iteration's episodes and stores them.
 
         Raises:
@@ -242,54 +220,50 @@ class Trainer:
             NonFiniteError: the policy's log-probs are not finite.
         """
         try:
-            collected = self.collector.collect(self.tasks(), seed=self.config.seed, iteration=self.iteration)
+            gathered = gather(self.collector, self.dealer, self.config, self.iteration)
         except (InfrastructureError, NonFiniteError) as error:
             raise type(error)(f"iteration {self.iteration}: {error}; {self._last_good()}") from error
+        played = gathered.played
         if self.config.buffer.write_trajectories:
             path = self.run_dir / "trajectories" / f"iteration-{self.iteration:06d}.jsonl"
-            write_jsonl(path, [*collected.trajectories, *collected.failed])
-        if not collected.trajectories:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in collected.counts.items())
+            write_jsonl(path, [*played.trajectories, *played.failed])
+        if not played.trajectories:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in played.counts.items())
             raise InfrastructureError(
                 f"iteration {self.iteration}: no episode could be scored ({reasons}); the first: "
-                f"{collected.failed[0].error}; {self._last_good()}"
+                f"{played.failed[0].error}; {self._last_good()}"
             )
-        return collected
+        return gathered
 
-    def _judge(self, batch: Batch, outcome: torch.Tensor) -> tuple[torch.Tensor | None, Metrics]:
-        """Token rewards of the implicit PRM, if the credit method wants them."""
-        if self.prm is None:
-            return None, {}
-        replay = [t for t in self.buffer.latest(self.config.prm.replay_iterations) if t.iteration != self.iteration]
-        return self.prm.step(batch, outcome, self.model, replay, self.iteration)
-
-    def _invalid_action_penalty(self, batch: Batch) -> torch.Tensor:
-        """(K,) what turns without a valid action lose, whatever the credit method."""
-        invalid = [turn.info.get("valid_action") is False for t in batch.trajectories for turn in t.turns]
-        per_turn = self.config.policy_update.invalid_action_penalty * torch.tensor(invalid, dtype=torch.float32)
-        return per_turn[batch.index.turn_of_token]
-
-    def _update(self, batch: Batch, advantage: torch.Tensor) -> Metrics:
-        """The policy update, with the reference log-probs of a KL term where one is wanted."""
+    def _update(self, batch: Batch, signals: Signals, advantage: Advantage) -> Metrics:
+        """The updates of policy and critic, with the reference log-probs of a KL term where one is wanted."""
+        metrics: Metrics = {}
+        seed = self.config.seed * 1_000_003 + self.iteration
+        if self.judge.critic is not None:
+            assert advantage.value_target is not None
+            assert signals.value is not None
+            metrics = self.judge.critic.update(batch, advantage.value_target, signals.value, seed=seed)
+            if self.iteration < self.config.critic.warmup_iterations:
+                return metrics
         config = self.config.policy_update
         rate = learning_rate(config, self.iteration, self.config.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        reference = None
-        temperature = self.config.rollout.temperature
-        if self.initial is not None:
-            budget = config.tokens_per_microbatch
-            reference = score(self.initial, batch, budget=budget, temperature=temperature).logprob
-        metrics = update_policy(
+        penalty = config.invalid_action_penalty * invalid_turns(batch.trajectories)
+        trained = trainable(batch.trajectories, config.overlong_filter)
+        metrics |= update_policy(
             self.model,
             self.optimizer,
             batch,
-            advantage,
+            advantage.token - penalty[batch.index.turn_of_token].float(),
             config,
-            temperature=temperature,
-            reference=reference,
-            seed=self.config.seed * 1_000_003 + self.iteration,
+            temperature=self.config.rollout.temperature,
+            reference=signals.reference_logprob,
+            seed=seed,
+            trajectories=trained,
         )
+        if config.overlong_filter != "none":
+            metrics["overlong_filtered"] = float(batch.index.N - len(trained))
         if self.config.model.dtype == "float32" and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
             raise AgentRLError(
                 f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} "
@@ -303,40 +277,17 @@ class Trainer:
         if (theirs := self.policy.fingerprint()) != (ours := fingerprint(self.model)):
             raise AgentRLError(f"weight sync failed: the engine's weights are {theirs}, the trainer's {ours}")
 
-    def _make_prm(self) -> ImplicitPRM:
-        config = self.config
-        if config.prm.init is None:
-            model = self._copy(self.model).requires_grad_(True)
-        else:
-            model = load_model(config.prm.init, device=config.model.device, dtype=config.model.dtype, train=True)
-        return ImplicitPRM(
-            model,
-            self.model,
-            config.prm,
-            config.pairs,
-            temperature=config.rollout.temperature,
-            budget=config.policy_update.tokens_per_microbatch,
-            seed=config.seed,
-        )
-
-    @staticmethod
-    def _copy(model: Any) -> Any:
-        return copy.deepcopy(model).requires_grad_(False)
-
     def _needed_bytes(self, present: int) -> int:
         """Disk space that this run's checkpoints and model will take, with `present` checkpoints there already."""
-        prm = self.prm.model if self.prm else None
-        reference = self.prm.reference if self.prm and self.config.prm.reference == "rebase" else None
-        return needed_bytes(self.model, prm, reference, self.config.checkpoint.keep, present)
+        prm = self.judge.prm
+        trained = [self.model, *(part.model for part in (prm, self.judge.critic) if part is not None)]
+        stored = [model for name, model in self.judge.models().items() if name == "prm_reference"]
+        return needed_bytes(trained, stored, self.config.checkpoint.keep, present)
 
     def _restore(self, path: Path) -> None:
         """Puts everything back as it was after the checkpoint's iteration."""
         state = read_state(path)
-        if state.get("config_sha256") != config_sha256(self.config):
-            raise UserError(
-                f"{path} was written with another configuration; resume with the one in "
-                f"{self.run_dir / 'config.yaml'}, or start a new run_dir"
-            )
+        check_same_config(path, state.get("config") or {}, self.config, self.run_dir / "config.yaml")
         try:
             self._load_state(path, state)
         except (AgentRLError, KeyError, RuntimeError, ValueError) as error:
@@ -347,11 +298,10 @@ class Trainer:
         self.started -= state["elapsed"]
         self._load_into(self.model, path / "policy")
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.prm is not None:
-            self._load_into(self.prm.model, path / "prm")
-            if self.config.prm.reference == "rebase":
-                self._load_into(self.prm.reference, path / "prm_reference")
-            self.prm.load_state_dict(state["prm"])
+        for name, model in self.judge.models().items():
+            self._load_into(model, path / name)
+        self.judge.load_state_dict(state["judge"])
+        self.dealer.drawn = state["drawn"]
         self.buffer = TrajectoryBuffer.load(path / "buffer", self.config.buffer.keep_iterations)
         torch.set_rng_state(state["torch_rng"])
         self.policy.load_weights(self.model.state_dict(), state["version"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from agentrl.envs import TextEnv
+from agentrl.envs import Tabular, TextEnv
 from agentrl.envs.core import Step
 from agentrl.errors import ActionError, UserError
-from environments.sokoban.board import MOVES, draw_board, move, name_cells, read_board
+from environments.sokoban.board import MOVES, Boxes, draw_board, move, name_cells, read_board
 from environments.sokoban.levels import LevelSettings, Split, check_feasible, check_split, generate, load_levels
+from environments.sokoban.tabular import tabulate
 
 _RULES = """You are solving a Sokoban puzzle: push every box onto a target.
 # wall, (space) floor, . target, $ box, * box on target, @ you, + you on target.
@@ -52,6 +53,7 @@ class SokobanEnv(TextEnv):
     """
 
     fast = True
+    provides = {"state_keys": {}, "turn_rewards": {"reward": "shaped"}}
 
     def __init__(
         self,
@@ -98,8 +100,8 @@ class SokobanEnv(TextEnv):
                 board = generate(self.settings, self.np_random)
             else:
                 board = self.levels[int(self.np_random.integers(len(self.levels)))]
-        self._layout, self._player, self._boxes = read_board(board)
-        return self._show(board), self._info(board, 0, 0)
+        self._start = self._layout, self._player, self._boxes = read_board(board)
+        return self._show(board, self._player, self._boxes), self._info(board, 0, 0)
 
     def parse_action(self, text: str) -> list[str]:
         """Returns the moves in `text`: ``up``, ``up, up, left``, ``Action: up`` or ``<answer>up</answer>``.
@@ -133,15 +135,25 @@ class SokobanEnv(TextEnv):
         self._player, self._boxes = player, boxes
         board = draw_board(layout, player, boxes)
         info = self._info(board, on_target, made)
-        return self._show(board), self._reward(info), info["success"], info
+        return self._show(board, player, boxes), self._reward(info), info["success"], info
 
     def on_invalid(self, error: ActionError) -> Step:
         observation, _, terminated, _ = super().on_invalid(error)
         info = self._info(draw_board(self._layout, self._player, self._boxes), 0, 1)
         return observation, self._reward(info), terminated, info
 
-    def _show(self, board: str) -> str:
-        return board if self.observation == "board" else name_cells(self._layout, self._player, self._boxes)
+    def tabular(self) -> Tabular:
+        """All states of the current level that play from its start can reach, solved ones left out (see `tabulate`).
+
+        Raises:
+            UserError: several moves a turn, or too many states.
+        """
+        if self.actions_per_turn != 1:
+            raise UserError(f"actions_per_turn={self.actions_per_turn}: only levels of one move a turn have a table")
+        return tabulate(self._start, self._show)
+
+    def _show(self, board: str, player: int, boxes: Boxes) -> str:
+        return board if self.observation == "board" else name_cells(self._layout, player, boxes)
 
     def _reward(self, info: dict[str, Any]) -> float:
         return sum(info["reward_parts"].values()) if self.reward == "shaped" else float(info["success"])

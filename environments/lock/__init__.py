@@ -1,0 +1,10 @@
+"""A combination lock as text: one symbol a turn, a reward only at the end, and scripted agents."""
+
+from agentrl.envs import register
+
+register(
+    "Lock-v0",
+    "environments.lock.env:LockEnv",
+    max_turns=18,
+    summary="open a combination lock symbol by symbol; a wrong one sets back",
+)

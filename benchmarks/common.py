@@ -225,3 +225,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
     if path:
         Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def command(options: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]) -> dict[str, Any]:
+    """Runs a benchmark with its options and keeps the figures where they say."""
+    set_threads(options)
+    result = run(options)
+    write_json(options.json, result)
+    return result

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import set_threads, show, surroundings, table, write_json
+from common import command, show, surroundings, table
 
 from agentrl.batch import Index
 from agentrl.credit import Signals, credit_names, load_credit
@@ -35,6 +35,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("spro", {"beta": 0.05, "align": "token"}),
     ("gigpo", {"scale": True}),
     ("gigpo", {"similarity": 0.95}),
+    ("ppo", {"level": "turn"}),
+    ("prime", {"form": "recipe", "gamma": 0.99}),
+    ("prpo", {"segmenter": "entropy"}),
+    ("reinforce_pp", {"gamma": 0.99, "turn_rewards": True, "kl_coef": 0.01}),
 ]
 """Timed besides the defaults."""
 
@@ -135,11 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
-    set_threads(options)
-    result = run(options)
-    write_json(options.json, result)
-    return result
+    return command(parse(arguments), run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SHAPES, generate, make_model, paired, set_threads, show, surroundings, table, write_json
+from common import SHAPES, command, generate, make_model, paired, show, surroundings, table
 
 from agentrl.policy import PolicyRequest, Sampling
 from policies.transformers.sampler import Sampler
@@ -157,11 +157,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
-    set_threads(options)
-    result = run(options)
-    write_json(options.json, result)
-    return result
+    return command(parse(arguments), run)
 
 
 if __name__ == "__main__":

@@ -34,15 +34,14 @@ import torch.nn.functional as F
 from common import (
     SHAPES,
     attention,
+    command,
     generate,
     make_model,
     matmul_peak,
     paired,
-    set_threads,
     show,
     surroundings,
     table,
-    write_json,
 )
 
 from agentrl.batch import Batch, build_batch, score
@@ -391,11 +390,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
-    set_threads(options)
-    result = run(options)
-    write_json(options.json, result)
-    return result
+    return command(parse(arguments), run)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,19 @@ def hesitant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blank = make_model(folder / "blank", env, hidden=64)
     knows = clone(blank, folder / "knows", env, parrot(1.0), 300, epochs=2, batch_tokens=256, lr=5e-3)
     return clone(knows, folder / "hesitant", env, parrot(0.2), 300, lr=2e-3)
+
+
+@pytest.fixture
+def trainer_of() -> Iterator[Callable[..., Any]]:
+    """Makes trainers that are closed when the test ends."""
+    from agentrl.train.trainer import Trainer
+
+    made: list[Trainer] = []
+
+    def make(*arguments: Any, **options: Any) -> Trainer:
+        made.append(Trainer(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.close()

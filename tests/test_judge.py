@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,6 @@ EVERY_METHOD: dict[str, dict[str, Any]] = {
     "rloo": {},
     "spro": {"credit": {"method": "spro", "options": {"beta": 0.05}}},
 }
-
-
-@pytest.fixture
-def trainer_of() -> Iterator[Callable[..., Trainer]]:
-    made: list[Trainer] = []
-
-    def make(*arguments: Any, **options: Any) -> Trainer:
-        made.append(Trainer(*arguments, **options))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer.close()
 
 
 def config_of(name: str, folder: Path, model: Path, **more: Any) -> RunConfig:

@@ -40,20 +40,6 @@ def policies() -> Iterator[None]:
     _REGISTERED.update(before)
 
 
-@pytest.fixture
-def trainer_of() -> Iterator[Callable[..., Trainer]]:
-    """Makes trainers that are closed when the test ends."""
-    made: list[Trainer] = []
-
-    def make(*arguments: Any, **options: Any) -> Trainer:
-        made.append(Trainer(*arguments, **options))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer.close()
-
-
 # --- the same numbers ---
 
 

@@ -185,6 +185,16 @@ def test_other_exceptions_keep_their_traceback(policies: None) -> None:
     assert isinstance(result.exception, (ZeroDivisionError, InfrastructureError))
 
 
+@pytest.mark.parametrize("given", ["", "Push."])
+def test_instructions_may_be_given(given: str, tmp_path: Path) -> None:
+    out = tmp_path / "t.jsonl"
+    command = ("collect", "Sokoban-v0", "--policy", "random", "--episodes", 2, "--max-turns", 2, "--out", out)
+    assert run(*command, "--instructions", given).exit_code == 0
+    assert {t.instructions for t in read_jsonl(out)} == {given}
+    assert run(*command).exit_code == 0
+    assert "Sokoban" in read_jsonl(out)[0].instructions
+
+
 def test_interrupted_collection_keeps_what_was_finished(tmp_path: Path, policies: None) -> None:
     from environments.sokoban.agents import solver_policy
 

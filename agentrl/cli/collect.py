@@ -12,6 +12,7 @@ from agentrl.cli.common import (
     EnvArg,
     EpisodeProgress,
     History,
+    Instructions,
     MaxNewTokens,
     MaxTurns,
     ModelDir,
@@ -50,6 +51,7 @@ def collect(
     ] = 0,
     env_arg: EnvArg = None,
     max_turns: MaxTurns = None,
+    instructions: Instructions = None,
     history: History = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Of a model's sampling; 0 = greedy.")
@@ -67,7 +69,7 @@ def collect(
 
     if episodes % group_size:
         raise UserError(f"--episodes {episodes} is no multiple of --group-size {group_size}")
-    settings = EnvConfig(id=env, kwargs=assignments(env_arg, "--env-arg"), max_turns=max_turns)
+    settings = EnvConfig(id=env, kwargs=assignments(env_arg, "--env-arg"), max_turns=max_turns, instructions=instructions)
     rollout, sampling = rollout_settings(None, history, temperature, max_new_tokens)
     check_output(out)
     player = make_policy(policy, model, assignments(policy_arg, "--policy-arg"), threads)

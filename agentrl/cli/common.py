@@ -44,6 +44,10 @@ History = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Token limit of one turn.")
 ]
+Instructions = Annotated[
+    str | None,
+    typer.Option("--instructions", metavar="TEXT", help="System prompt, instead of the environment's own; '' for none."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads of the model.")]
 
 

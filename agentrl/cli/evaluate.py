@@ -11,6 +11,7 @@ from agentrl.cli.common import (
     EnvArg,
     EpisodeProgress,
     History,
+    Instructions,
     MaxNewTokens,
     MaxTurns,
     ModelDir,
@@ -49,6 +50,7 @@ def evaluate(
     ] = None,
     env_arg: EnvArg = None,
     max_turns: MaxTurns = None,
+    instructions: Instructions = None,
     history: History = None,
     max_new_tokens: MaxNewTokens = None,
     threads: Threads = None,
@@ -69,6 +71,7 @@ def evaluate(
     env, arguments = config.env, assignments(env_arg, "--env-arg")
     env.kwargs, env.eval_kwargs = env.kwargs | arguments, env.eval_kwargs | arguments
     env.max_turns = max_turns or env.max_turns
+    env.instructions = env.instructions if instructions is None else instructions
     if temperature is None:
         temperature = config.eval.temperature
     rollout, sampling = rollout_settings(config.rollout, history, temperature, max_new_tokens)

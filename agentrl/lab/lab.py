@@ -163,6 +163,11 @@ class Lab(Trainer):
         self.env.close()
         super().close()
 
+    def play(self) -> None:
+        """Trains to the last iteration, judged on the way; nothing is evaluated or saved."""
+        while self.iteration < self.config.iterations:
+            self._log(self.iterate())
+
     def truth(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         """(M,) exact advantage of every turn under the current policy."""
         for trajectory in trajectories:
@@ -277,10 +282,7 @@ def run_lab(
     lab = Lab(configs, baseline)
     lab.on_iteration = on_iteration
     try:
-        while lab.iteration < lab.config.iterations:
-            metrics = lab.iterate()
-            if on_iteration is not None:
-                on_iteration(metrics)
+        lab.play()
         lab.resample(resamples)
     finally:
         lab.close()

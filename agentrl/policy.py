@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentrl.errors import UnknownNameError
-from agentrl.types import Content, Message
+from agentrl.types import Content, ImageSpan, Message
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ class PolicyRequest:
     """The environment's last info. Scripted policies may look at it; model policies must not."""
     context_ids: list[int] | None = None
     """Model policies: every id of the current row, to be continued. Token in, token out."""
+    context_images: Sequence[ImageSpan] = ()
+    """Pictures in `context_ids`, in order."""
     seed: int = 0
     """Seed of this action's randomness. Same seed, weights and context give the same action."""
     sampling: Sampling = Sampling()

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -28,11 +29,24 @@ class TextPart(BaseModel):
 
 
 class ImagePart(BaseModel):
-    """A picture inside a message, by reference: pixels never travel in a trajectory file."""
+    """A picture inside a message, by reference: pixels never travel in a trajectory file (see `agentrl.images`).
+
+    Two parts are equal when they name the same picture: file names are hashes of the pixels.
+    """
 
     type: Literal["image"] = "image"
     path: str
     """Path of a PNG file, relative to the trajectory file's folder."""
+    alt: str = ""
+    """What the picture shows, in words: readers that take text only (a PRM, a log) read it in the picture's place."""
+    _source: bytes | Path | None = PrivateAttr(default=None)
+    """The PNG file's content, or the folder that `path` is relative to."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImagePart) and (self.path, self.alt) == (other.path, other.alt)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.alt))
 
 
 Content = str | list[TextPart | ImagePart]
@@ -40,10 +54,25 @@ Content = str | list[TextPart | ImagePart]
 
 
 def text_of(content: Content) -> str:
-    """Returns the text of `content`, image parts left out."""
+    """Returns `content` in words: a picture as its `alt`."""
     if isinstance(content, str):
         return content
-    return "".join(part.text for part in content if isinstance(part, TextPart))
+    return "".join(part.text if isinstance(part, TextPart) else part.alt for part in content)
+
+
+class ImageSpan(BaseModel):
+    """Where a picture stands in a model's context."""
+
+    start: int
+    """First of its ids, the marks around it included."""
+    length: int
+    image: ImagePart
+    text_ids: list[int] = Field(default_factory=list)
+    """Ids of `image.alt`: what a model without eyes reads in the picture's place."""
+
+    def moved(self, by: int) -> ImageSpan:
+        """Returns the span with `by` added to its start."""
+        return self.model_copy(update={"start": self.start + by})
 
 
 class Message(BaseModel):
@@ -88,6 +117,8 @@ class Turn(BaseModel):
     action: str
     """The agent's full text (scripted policies: the action itself)."""
     prompt_ids: list[int] = Field(default_factory=list)
+    prompt_images: list[ImageSpan] = Field(default_factory=list)
+    """Pictures in `prompt_ids`, in order; `start` counts from the first of these ids."""
     action_ids: list[int] = Field(default_factory=list)
     """Sampled ids, including the end-of-turn token where it was sampled. Empty for policies without tokens."""
     action_logprobs: list[float] = Field(default_factory=list)

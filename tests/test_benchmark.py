@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -369,7 +370,7 @@ def metrics(values: list[float], seconds: float = 2.0, every: int = 5) -> list[d
 def test_the_figures_of_a_run() -> None:
     figures = run_figures(metrics([0.1, 0.2, 0.8, 0.7, 0.9, 0.6]), 0.75)
     assert figures["start"] == 0.1
-    assert figures["final"] == pytest.approx((0.2 + 0.8 + 0.7 + 0.9 + 0.6) / 5)
+    assert figures["final"] == 0.6, "the evaluations after 80 % of the run: here the last alone"
     assert figures["area"] == pytest.approx(3.3 / 6)
     assert figures["best"] == 0.9
     assert figures["iterations_to_level"] == 10
@@ -377,6 +378,7 @@ def test_the_figures_of_a_run() -> None:
     assert figures["seconds_per_iteration"] == pytest.approx(2)
     assert figures["seconds"] == {"generation": 1, "environment": 0, "prm": 0.5, "policy": 0, "other": 0.5}
     assert run_figures(metrics([0.1, 0.2]), 0.75)["iterations_to_level"] is None
+    assert run_figures(metrics([0.0] * 9 + [0.4, 0.6]), 0.75)["final"] == pytest.approx(0.5)
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -403,12 +405,11 @@ def test_the_table_of_a_benchmark(suite: Any) -> None:
     }
     summary = summarise(loaded, results, plan_runs(loaded))
     assert json.loads(json.dumps(summary)) == summary
-    # Runs have three evaluations, so the last five are all of them: 0.2 and 0.333; 0.4, 0.4 and 0.
     head, plain, odd = success_cells(summary, "echo")
-    assert plain == ["plain", "2", "26.7% (9.4%)", "20.0%, 33.3%", "-", "26.7% (9.4%)", "-"]
-    assert odd[:4] == ["odd", "3", "26.7% (23.1%)", "40.0%, 40.0%, 0.0%"]
-    assert odd[4] == "+13.3 [+6.7, +20.0]"
-    assert head[4] == "over plain [95%]"
+    assert plain == ["plain", "2", "50.0% (14.1%)", "40.0%, 60.0%", "-", "26.7% (9.4%)", "-"]
+    assert odd[:4] == ["odd", "3", "53.3% (47.3%)", "70.0%, 90.0%, 0.0%"]
+    assert odd[4] == "+30.0 [+30.0, +30.0]"
+    assert head[4] == "over plain [range]"
     head, plain, odd = cost_cells(summary, "echo")
     assert plain == ["plain", "-, 10", "-, 40", "2.00", "1.00x", "1.00", "0.00", "0.50", "0.00", "0.50"]
     # Seed 2, which the baseline lacks, is in its seconds but not in the ratio.
@@ -419,7 +420,7 @@ def test_the_table_of_a_benchmark(suite: Any) -> None:
     assert "probability 50%" in said
     assert "Missing in echo: plain (seed 2); none (seed 0, 1, 2)." in said
     text = markdown(summary)
-    assert "| odd | 3 | 26.7% (23.1%) |" in text
+    assert "| odd | 3 | 53.3% (47.3%) |" in text
     assert all(line.count("|") in (8, 11) for line in text.splitlines() if line.startswith("|"))
 
 
@@ -429,3 +430,18 @@ def test_any_number_of_methods_is_drawn(count: int, tmp_path: Path) -> None:
     curves = {f"m{i}": [[(0.0, 0.1), (5.0, i / 12)]] * (1 + i % 2) for i in range(count)}
     plot_methods(curves, tmp_path / "x.png", "title", "iteration", "m0")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_moved_benchmark_is_still_complete_and_a_changed_run_is_kept(suite: Any, tmp_path: Path) -> None:
+    """A run's model lies in the benchmark's own folder, and so does its path; hours of work must survive a `mv`."""
+    from agentrl.benchmark.run import _sha256, _stamp
+
+    loaded = suite()
+    run = plan_runs(loaded)[0]
+    moved = dataclasses.replace(run, base="0" * 64)
+    model = run.config.model.model_copy(update={"path": "/else/base"})
+    elsewhere = dataclasses.replace(moved, config=run.config.model_copy(update={"model": model}))
+    assert _sha256(moved, moved.config) == _sha256(elsewhere, elsewhere.config)
+    assert _stamp(moved, complete=True) == _stamp(elsewhere, complete=True)
+    given = dataclasses.replace(elsewhere, base=None)
+    assert _sha256(given, given.config) != _sha256(run, run.config), "a model of the user's own is told by its path"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agentrl.batch import Index
 from agentrl.batch.index import segment_mean
-from agentrl.credit import Signals, credit_names, load_credit
+from agentrl.credit import Advantage, CreditMethod, Options, Signals, credit_names, load_credit
 from agentrl.credit.base import FIELD_OF
 from agentrl.errors import ConfigError, NonFiniteError, UnknownNameError, UserError
 
@@ -401,3 +401,22 @@ def test_the_benchmark_times_every_method(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "oprl granularity=token" in printed
     assert "ms least" in printed
+
+
+def test_a_need_that_does_not_exist_is_refused_with_the_nearest():
+    method = CreditMethod("mine", Options, lambda signals, options: None, needs=frozenset({"state_key"}))
+    with pytest.raises(UserError, match=r"credit method 'mine': no need 'state_key'; did you mean 'state_keys'"):
+        method.needs_of(Options())
+
+
+@pytest.mark.parametrize(("field", "shape"), [("token", "5"), ("episode", "3"), ("step", "3"), ("value_target", "5")])
+def test_an_answer_of_the_wrong_shape_is_refused(field, shape):
+    made = [trajectory("a", "g", 1.0, [turn([1], [2, 3], new_row=True), turn([1], [2, 3]), turn([1], [2])])]
+    right = {"token": torch.zeros(5), "episode": torch.zeros(3), "step": torch.zeros(3), "value_target": torch.zeros(5)}
+
+    def answer(signals, options):
+        return Advantage(**right | {field: torch.zeros(4)})
+
+    method = CreditMethod("mine", Options, answer, needs=frozenset({"values"}))
+    with pytest.raises(UserError, match=rf"'mine': Advantage.{field} must have shape \({shape},\), not \(4,\)"):
+        method(signals_of(made), Options())

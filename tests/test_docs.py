@@ -132,10 +132,10 @@ def test_python_that_needs_a_run_is_run_elsewhere(page: Path, tests: Path) -> No
 
 
 def blocks_of_output(page: Path) -> str:
-    """Returns the first block without a kind: what the code before it prints."""
-    match = re.search(r"^```\n(.*?)^```$", prose(page).partition("```python")[2].partition("```")[2], re.M | re.S)
-    assert match, page
-    return match[1]
+    """Returns the blocks without a kind, joined: what the code before each prints."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```$", prose(page), re.MULTILINE | re.DOTALL)
+    assert any(not kind for kind, _ in found), page
+    return "".join(text for kind, text in found if not kind)
 
 
 def assert_metrics_are_documented(path: Path) -> None:

@@ -17,7 +17,12 @@ from agentrl import envs
 from agentrl.envs import AnyText, TextEnv, registry
 from agentrl.errors import ActionError, UnknownNameError, UserError
 
-IDS = list(envs.environment_ids())
+IDS = [
+    env_id
+    for env_id in envs.environment_ids()
+    # Adapters and an environment that needs a judge have tests of their own; test_check_env plays all the others too.
+    if "adapters" not in str(gym.registry[env_id].entry_point) and env_id != "Social-v0"
+]
 HOSTILE = [
     "",
     " ",
@@ -139,7 +144,7 @@ def test_any_text_can_be_stepped(env_id):
     @given(st.text())
     def play(text):
         observation, reward, terminated, truncated, _ = env.step(text)
-        assert isinstance(observation, str)
+        assert observation in env.observation_space
         assert np.isfinite(reward)
         if terminated or truncated:
             env.reset()

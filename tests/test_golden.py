@@ -32,6 +32,8 @@ def close(ours, theirs):
     [
         ("grpo", "std_ddof1_eps1e-6_singleton_zero", {}),
         ("grpo", "std_ddof0_eps1e-6_singleton_zero", {"ddof": 0}),
+        ("grpo", "trl_std_ddof1_eps1e-4_singleton_zero", {"eps": 1e-4}),
+        ("grpo", "batch_std_ddof1_eps1e-4", {"scale": "batch", "eps": 1e-4}),
         ("grpo", "dr_grpo_no_std_singleton_zero", {"scale": False}),
         ("rloo", "loo_singleton_zero", {}),
     ],

@@ -187,6 +187,7 @@ register("Bare-v0", Bare)
             {"credit": {"method": "prpo", "options": {"scores": "served"}}},
             r"credit.method=prpo wants scores of a served PRM: set prm.served_url",
         ),
+        ({"credit": {"method": "prime"}}, r"prime wants a PRM trained on labels, not prm.loss=dpo; set prm.loss=ce"),
         ({"rollout__group_size": 1}, r"rollout.group_size=1 with credit.method=rloo: a group of one has no baseline"),
     ],
 )
@@ -196,7 +197,7 @@ def test_a_method_without_what_it_needs_is_refused(settings: dict[str, Any], mes
 
 
 def test_methods_without_a_group_take_groups_of_one(tmp_path: Path) -> None:
-    for method in ("ppo", "reinforce_pp"):
+    for method in ("ppo", "reinforce_pp", "prpo"):
         check_task(run_config(tmp_path, tmp_path, credit__method=method, rollout__group_size=1))
 
 
@@ -423,3 +424,31 @@ def test_gathering_needs_no_trainer(tmp_path: Path, warm: Path) -> None:
     assert {t.seed for t in gathered.trajectories} == {7, 8}
     assert {t.group_id for t in gathered.trajectories} == {"000003-0000", "000003-0001"}
     assert gathered.trajectories == gathered.played.trajectories
+
+
+def test_a_pool_that_deals_a_task_twice_does_not_play_it_twice_alike(
+    tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]
+) -> None:
+    rollout = {"groups": 2, "group_size": 4, "tasks": 2, "max_new_tokens": 3, "history": "window(0)"}
+    trainer = trainer_of(run_config(tmp_path / "run", warm, rollout=rollout | {"dynamic_sampling": True}))
+    trainer.config.rollout.max_refills = 3
+    played: dict[tuple[int, str], list[str]] = {}
+    while not any(len({g for s, g in played if s == seed}) > 1 for seed, _ in played):
+        trainer.iterate()
+        path = tmp_path / "run" / "trajectories" / f"iteration-{trainer.iteration - 1:06d}.jsonl"
+        played = {}
+        for t in read_jsonl(path):
+            played.setdefault((t.seed, t.group_id), []).append(" ".join(turn.action for turn in t.turns))
+    twice = next(seed for seed, _ in played if len({g for s, g in played if s == seed}) > 1)
+    plays = [episodes for (seed, _), episodes in played.items() if seed == twice]
+    assert plays[0] != plays[1]
+
+
+def test_unit_advantages_change_the_scale_alone(tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]) -> None:
+    norms = {}
+    for scale in (False, True):
+        update = {"lr": 1e-3, "unit_advantage": scale, "grad_clip": 1e9}
+        trainer = trainer_of(run_config(tmp_path / str(scale), warm, credit__method="rloo", policy_update=update))
+        norms[scale] = trainer.iterate()["policy_grad_norm"]
+        spread = float(trainer.last.advantage.token.std())
+    assert norms[True] == pytest.approx(norms[False] / spread, rel=1e-4)

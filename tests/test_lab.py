@@ -240,9 +240,14 @@ def test_the_command_writes_every_figure(tmp_path: Path, taught: Path, monkeypat
     assert figures == json.loads(Path("runs/lab/credit_lab.json").read_text())
     assert Path("runs/lab/credit_lab_lock.png").stat().st_size > 10_000
     table = Path("runs/lab/credit_lab.md").read_text()
-    mean = sum(figures["environments"]["lock"]["oprl"]["rank"]) / 2
+    mean = sum(figures["environments"]["lock"]["oprl"]["fresh_rank"]) / 2
     assert f"| oprl | {mean:.2f} (" in table
     assert "| oprl |" in table.split("turn rewards of the implicit PRM")[1]
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/lab").rglob("metrics.jsonl")}
+    again = CliRunner().invoke(app, command)
+    assert "2 of 2 environments x seeds were scored before" in again.output
+    assert json.loads(Path("figures.json").read_text()) == figures
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs/lab").rglob("metrics.jsonl")}
     bad = CliRunner().invoke(app, ["credit-lab", "suite.yaml", "--method", "oprk"])
     assert bad.exit_code == 2
     assert "did you mean 'oprl'" in bad.output

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYER = {
     "agentrl.errors": 1,
     "agentrl.files": 1,
+    "agentrl.images": 1,
     "agentrl.types": 1,
     "agentrl.policy": 1,
     "agentrl.envs": 1,

@@ -27,6 +27,7 @@ from agentrl.buffer.pairs import preference_pairs
 from agentrl.config import PairConfig, PRMConfig
 from agentrl.errors import NonFiniteError
 from agentrl.prm import ImplicitPRM, PairTensors, pair_accuracy, pair_loss
+from agentrl.prm.replay import _held
 
 ALL = 10**6
 
@@ -344,15 +345,30 @@ def test_updates_go_on_while_the_held_out_loss_falls():
 
 
 def test_a_step_that_makes_the_held_out_loss_worse_than_before_it_is_the_last():
-    """The held-out groups say the opposite of the trained ones, so that already the first step does harm."""
+    """The held-out group says the opposite of the trained one, so that already the first step does harm."""
     half = float(torch.tensor(0.5).log())
-    for seed in range(6):
+    tried = 0
+    for seed in range(20):
         made = []
         for g, a in itertools.product(range(2), range(2)):
             made.append(trajectory(f"{g}.{a}", f"g{g}", float(a == g), [turn([0], [a], [half], new_row=True)]))
         policy = Bandit([0.0, 0.0])
         prm = make(Bandit([0.0, 0.0]), policy, updates=20, holdout=0.5, lr=1e-2, seed=seed)
+        if _held(prm, build_batch(made), 0) == _held(prm, build_batch(made), 1):
+            continue
+        tried += 1
         assert step(prm, made, policy)[1]["prm_steps"] == 1
+    assert tried >= 4
+
+
+def test_a_group_that_is_held_out_once_is_held_out_for_good():
+    """Replay brings groups back: one that an update has seen must never judge a later one."""
+    made = [trajectory(f"{g}", f"g{g}", 1.0, [turn([0], [0], new_row=True)]) for g in range(400)]
+    prm = make(Bandit([0.0, 0.0]), Bandit([0.0, 0.0]), updates=2, holdout=0.25)
+    first, later = build_batch(made), build_batch(made[::-1])
+    held = {made[g].group_id for g in range(400) if _held(prm, first, g)}
+    assert held == {made[::-1][g].group_id for g in range(400) if _held(prm, later, g)}
+    assert 70 < len(held) < 130
 
 
 def test_groups_per_update_draws_that_many_groups_anew_for_each_step(model):
@@ -456,6 +472,6 @@ def test_a_prm_that_is_not_finite_is_an_error_before_it_learns(model, order):
     with torch.no_grad():
         next(iter(model.parameters())).fill_(float("nan"))
     prm = make(model, perturbed(model, 0), order=order)
-    with pytest.raises(NonFiniteError, match="PRM"):
+    with pytest.raises(NonFiniteError, match=rf"trajectory {made[0].id}, turn 0: a log-prob of the PRM is nan"):
         step(prm, made, model)
     assert prm.updates == 0

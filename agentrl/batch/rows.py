@@ -19,7 +19,7 @@ import torch
 from agentrl.batch.index import Index
 from agentrl.errors import DataError
 from agentrl.models.attention import PackedSequences
-from agentrl.types import Trajectory, Turn
+from agentrl.types import ImageSpan, Trajectory, Turn
 
 Tensor = torch.Tensor
 
@@ -41,6 +41,8 @@ class MicroBatch:
     """(j,) int64: which of the batch's action tokens this micro-batch scores; j >= k when rows repeat."""
     slot: Tensor
     """(j,) int64: for each of `tokens`, its entry among the k."""
+    images: tuple[tuple[ImageSpan, ...], ...] = ()
+    """Per row: its pictures, `start` counted from the row's first token; empty where no row has any."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Batch:
     """B rows of ids; repeated rows are listed once."""
     tokens_of_row: list[list[tuple[int, list[int]]]]
     """Per row: (column, action tokens sitting there), ascending; several tokens where equal rows were merged."""
+    images_of_row: list[list[ImageSpan]] = field(default_factory=list)
+    """Per row: its pictures; `start` counts from the row's first id."""
     device: str = "cpu"
     _traj_rows: list[list[int]] = field(default_factory=list)
 
@@ -109,7 +113,9 @@ class Batch:
                 target.append(ids[column])
             offset += len(ids)
         to: dict[str, Any] = {"device": self.device}
+        images = tuple(tuple(self.images_of_row[row]) for row in rows) if self.images_of_row else ()
         return MicroBatch(
+            images=images if any(images) else (),
             ids=torch.tensor([i for row in rows for i in self.rows[row]], **to),
             positions=torch.cat([torch.arange(length) for length in lengths]).to(self.device),
             plan=PackedSequences(lengths),
@@ -149,15 +155,18 @@ def build_batch(trajectories: Sequence[Trajectory], *, device: str = "cpu", merg
     behaviour: list[float] = []
     rows: list[list[int]] = []
     tokens_of_row: list[list[tuple[int, list[int]]]] = []
-    row_at: dict[tuple[int, ...], int] = {}
+    images_of_row: list[list[ImageSpan]] = []
+    row_at: dict[tuple[int | str, ...], int] = {}
     traj_rows: list[list[int]] = []
     for n, trajectory in enumerate(trajectories):
         traj_rows.append([])
         for stretch in rows_of(trajectory.turns):
             ids: list[int] = []
+            images: list[ImageSpan] = []
             places: list[tuple[int, list[int]]] = []
             for turn in stretch:
                 _check(trajectory, turn)
+                images += [span.moved(len(ids)) for span in turn.prompt_images]
                 ids += turn.prompt_ids
                 if turn.action_ids and not ids:
                     raise DataError(f"trajectory {trajectory.id}: an action without any context before it")
@@ -170,8 +179,10 @@ def build_batch(trajectories: Sequence[Trajectory], *, device: str = "cpu", merg
                 traj_of_turn.append(n)
             if not places:
                 continue
-            # Columns belong to the key: equal ids could be split differently into context and action.
-            key = (*ids, -1, *(column for column, _ in places))
+            # Columns belong to the key: equal ids could be split differently into context and action. So do pictures:
+            # all placeholders are the same id.
+            seen = (span.image.path for span in images)
+            key: tuple[int | str, ...] = (*ids, -1, *(column for column, _ in places), *seen)
             if merge_equal_rows and (row := row_at.get(key)) is not None:
                 for (_, owners), (_, new) in zip(tokens_of_row[row], places, strict=True):
                     owners += new
@@ -179,6 +190,7 @@ def build_batch(trajectories: Sequence[Trajectory], *, device: str = "cpu", merg
                 row = row_at[key] = len(rows)
                 rows.append(ids)
                 tokens_of_row.append(places)
+                images_of_row.append(images)
             traj_rows[n].append(row)
     return Batch(
         index=Index(
@@ -191,9 +203,26 @@ def build_batch(trajectories: Sequence[Trajectory], *, device: str = "cpu", merg
         behaviour=torch.from_numpy(np.asarray(behaviour, dtype=np.float32)),
         rows=rows,
         tokens_of_row=tokens_of_row,
+        images_of_row=images_of_row,
         device=device,
         _traj_rows=traj_rows,
     )
+
+
+def in_words(trajectory: Trajectory) -> Trajectory:
+    """Returns the episode as a model without eyes reads it: the words of each picture in its place (`ImagePart.alt`).
+
+    Action ids and log-probs stay, so that a batch of such episodes lists the same K tokens in the same order.
+    """
+    if not any(turn.prompt_images for turn in trajectory.turns):
+        return trajectory
+    turns = []
+    for turn in trajectory.turns:
+        ids = list(turn.prompt_ids)
+        for span in reversed(turn.prompt_images):
+            ids[span.start : span.start + span.length] = span.text_ids
+        turns.append(turn.model_copy(update={"prompt_ids": ids, "prompt_images": []}))
+    return trajectory.model_copy(update={"turns": turns})
 
 
 def _check(trajectory: Trajectory, turn: Turn) -> None:

@@ -6,6 +6,7 @@ Hidden states are gathered where the agent spoke *before* the LM head, and log-s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agentrl.batch.rows import Batch, MicroBatch
 from agentrl.models.attention import lm_logits, precision, run_ragged
+from agentrl.models.vision import rope_positions, run_visual
 
 Tensor = torch.Tensor
 
@@ -68,6 +70,21 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
+def run_rows(model: Any, micro: MicroBatch) -> Tensor:
+    """Returns the last hidden states (T, H) of a micro-batch, its pictures seen.
+
+    Raises:
+        ModelError: there are pictures, and the model reads text only.
+    """
+    if not micro.images:
+        return run_ragged(model, micro.ids, micro.positions, micro.plan)
+    rows = micro.ids.cpu().split(list(micro.plan.lengths))
+    starts = [0, *itertools.accumulate(micro.plan.lengths)]
+    positions = [rope_positions(model, row.tolist(), spans) for row, spans in zip(rows, micro.images, strict=True)]
+    flat = [span.moved(start) for start, spans in zip(starts, micro.images, strict=False) for span in spans]
+    return run_visual(model, micro.ids, torch.cat(positions, dim=1), micro.plan, flat)
+
+
 def score_microbatch(
     model: Any,
     micro: MicroBatch,
@@ -93,7 +110,7 @@ def _score_microbatch(
     entropy_gradient: bool,
     centre: Centre | None,
 ) -> TokenScores:
-    hidden = run_ragged(model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
+    hidden = run_rows(model, micro)[micro.predict_at]
     around = None if centre is None else centre.hidden[_first_owner(micro)].to(hidden.device)
     vocab = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, (GPU_LOGIT_BUDGET if hidden.is_cuda else LOGIT_BUDGET) // vocab)
@@ -168,7 +185,7 @@ def hidden_states(model: Any, batch: Batch, *, budget: int) -> Tensor:
     """Returns (K, H): the model's last hidden state at the position that predicts each action token."""
     out: Tensor | None = None
     for micro in batch.microbatches(budget):
-        hidden = run_ragged(model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
+        hidden = run_rows(model, micro)[micro.predict_at]
         if out is None:
             out = hidden.new_zeros((batch.index.K, hidden.shape[-1]))
         out[micro.tokens.to(out.device)] = hidden[micro.slot.to(hidden.device)]

@@ -7,7 +7,7 @@
         log.txt                     all that it printed
 
 What is complete with the same settings is not run again; what was interrupted goes on from its checkpoint; what was
-begun with other settings, or from another base model, starts afresh.
+begun with other settings, or from another base model, starts afresh; a complete one is kept as ``seed-N.old``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentrl.benchmark.suite import Run, Suite, base_sha256, run_config
-from agentrl.config import config_sha256, dump_config, load_config
+from agentrl.config import RunConfig, config_sha256, dump_config, load_config
 from agentrl.errors import DataError, UserError
 from agentrl.files import atomic_write, check_writable
 from agentrl.train.base import TeachingProgress, make_base
@@ -73,7 +73,7 @@ def state_of(run: Run) -> State:
         return State.CHANGED
     if stamp.get("complete"):
         return State.COMPLETE if _same_settings(run, stamp) else State.CHANGED
-    return State.BEGUN if stamp.get("config_sha256") == config_sha256(run.config) else State.CHANGED
+    return State.BEGUN if stamp.get("config_sha256") == _sha256(run, run.config) else State.CHANGED
 
 
 def changed_settings(run: Run) -> str:
@@ -218,6 +218,12 @@ class Runner:
             return
         if state == State.CHANGED:
             self._say(f"{run}: {changed_settings(run)}; it starts afresh")
+        if state == State.CHANGED and (_read_json(run.folder / STAMP) or {}).get("complete"):
+            # Hours of work: one generation of it is kept.
+            old = run.folder.with_name(f"{run.folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            run.folder.rename(old)
+            self._say(f"{run}: the complete run is kept as {old}")
         if state != State.BEGUN:
             shutil.rmtree(run.folder, ignore_errors=True)
         _write_json(run.folder / STAMP, _stamp(run, complete=False))
@@ -266,15 +272,23 @@ class Runner:
 
 
 def _stamp(run: Run, complete: bool) -> dict[str, Any]:
-    return {"config_sha256": config_sha256(run.config), "base": run.base, "complete": complete}
+    return {"config_sha256": _sha256(run, run.config), "base": run.base, "complete": complete}
+
+
+def _sha256(run: Run, config: RunConfig) -> str:
+    """The hash of a run's settings, without the path of a base model that the suite makes: a benchmark may be moved,
+    and one base is told from another by `Run.base`."""
+    if run.base is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": ""})})
+    return config_sha256(config)
 
 
 def _same_settings(run: Run, stamp: dict[str, Any]) -> bool:
     """Whether a complete run had the settings of `run`; one from before a setting existed had its default."""
-    if stamp.get("config_sha256") == config_sha256(run.config):
+    if stamp.get("config_sha256") == _sha256(run, run.config):
         return True
     try:
-        return config_sha256(load_config(run.folder / "config.yaml")) == config_sha256(run.config)
+        return _sha256(run, load_config(run.folder / "config.yaml")) == _sha256(run, run.config)
     except UserError:
         return False
 

@@ -13,9 +13,9 @@ from typing import Any
 from agentrl.benchmark.suite import Run, Suite
 from agentrl.evaluate.stats import Interval, bootstrap_mean
 
-LAST = 5
-"""A run's final success is the mean of its last evaluations. One alone, on 256 tasks, has an interval of +-5 points
-and falls where the curve happens to be; all late ones measure the same plateau."""
+LATE = 0.8
+"""A run's final success is the mean of its evaluations after this share of its iterations: one alone, on 256 tasks, has
+an interval of +-5 points and falls where the curve happens to be."""
 
 PARTS = ("generation", "environment", "prm", "policy", "other")
 
@@ -35,11 +35,12 @@ def run_figures(records: Records, level: float) -> dict[str, Any]:
     """Returns the figures of one run: success in [0, 1], times in wall seconds; None where `level` was not reached."""
     curve, clock = held_out(records), held_out(records, "elapsed")
     values = [value for _, value in curve]
+    late = [value for x, value in curve if x > LATE * curve[-1][0]] or values[-1:]
     spent = [record["seconds"] for record in records if record.get("seconds")]
     parts = {part: fmean(seconds.get(part, 0.0) for seconds in spent) for part in PARTS}
     return {
         "start": values[0],
-        "final": fmean(values[-LAST:]),
+        "final": fmean(late),
         "area": fmean(values),
         "best": max(values),
         "iterations_to_level": _first(curve, level),
@@ -86,7 +87,7 @@ def summarise(suite: Suite, results: Results, runs: Sequence[Run]) -> dict[str, 
         "name": suite.name,
         "baseline": suite.baseline,
         "level": suite.level,
-        "last_evaluations": LAST,
+        "late": LATE,
         "seeds": suite.seeds,
         "environments": environments,
     }
@@ -95,7 +96,8 @@ def summarise(suite: Suite, results: Results, runs: Sequence[Run]) -> dict[str, 
 def success_cells(summary: Mapping[str, Any], environment: str) -> list[list[str]]:
     """Returns the table of success of an environment: the head, then a row for each method."""
     baseline = summary["baseline"]
-    over = f"over {baseline} [95%]"
+    paired_seeds = max((row["paired_seeds"] for row in summary["environments"][environment]["methods"]), default=0)
+    over = f"over {baseline} [{'95%' if paired_seeds > 3 else 'range'}]"
     head = ["method", "seeds", "final success (sd)", "each seed", over, "whole run (sd)", over]
     rows = [
         [
@@ -143,7 +145,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     else:
         doubt = f"It resamples {n} seeds, and is too narrow for so few." if n < 10 else f"It resamples {n} seeds."
     found = [
-        f"Final success: mean of a run's last {summary['last_evaluations']} held-out evaluations; whole run: of all. "
+        f"Final success: mean of the held-out evaluations after {summary['late']:.0%} of a run; whole run: of all. "
         "In parentheses the standard deviation over seeds.",
         f"Over {summary['baseline']}: points, paired by seed, in brackets a percentile bootstrap interval. {doubt}",
         "Iterations and seconds to a level: the first evaluation at or above it, each seed; - where none was. Seconds "

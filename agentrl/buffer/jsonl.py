@@ -19,16 +19,21 @@ from pydantic_core import PydanticSerializationError
 
 from agentrl.errors import DataError
 from agentrl.files import atomic_write
+from agentrl.images import attach_images, save_images
 from agentrl.types import Trajectory
 
 
 def write_jsonl(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> None:
     """Writes `trajectories` to `path`, whole or not at all (a temporary file takes its place at the end).
 
+    Pictures in them are written first, below `path`'s folder (`agentrl.images`).
+
     Raises:
         DataError: a trajectory's `info`, `task` or `metadata` holds something that JSON cannot.
-        UserError: the file cannot be written.
+        UserError: a file cannot be written.
     """
+    trajectories = list(trajectories)
+    save_images(Path(path).parent, trajectories)
     with atomic_write(path) as file:
         for trajectory in trajectories:
             file.write(_to_line(trajectory))
@@ -72,6 +77,7 @@ def read_jsonl(
         raise DataError(f"no trajectory file {str(path)!r}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    attach_images(path.parent, trajectories)
     return trajectories
 
 

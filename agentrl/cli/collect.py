@@ -69,7 +69,8 @@ def collect(
 
     if episodes % group_size:
         raise UserError(f"--episodes {episodes} is no multiple of --group-size {group_size}")
-    settings = EnvConfig(id=env, kwargs=assignments(env_arg, "--env-arg"), max_turns=max_turns, instructions=instructions)
+    kwargs = assignments(env_arg, "--env-arg")
+    settings = EnvConfig(id=env, kwargs=kwargs, max_turns=max_turns, instructions=instructions)
     rollout, sampling = rollout_settings(None, history, temperature, max_new_tokens)
     check_output(out)
     player = make_policy(policy, model, assignments(policy_arg, "--policy-arg"), threads)

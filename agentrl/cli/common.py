@@ -46,7 +46,7 @@ MaxNewTokens = Annotated[
 ]
 Instructions = Annotated[
     str | None,
-    typer.Option("--instructions", metavar="TEXT", help="System prompt, instead of the environment's own; '' for none."),
+    typer.Option("--instructions", metavar="TEXT", help="System prompt instead of the environment's own; '' for none."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads of the model.")]
 

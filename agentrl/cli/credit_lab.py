@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from agentrl import __version__
 from agentrl.cli.benchmark import cores, parse_seeds
 from agentrl.cli.common import ShownLessons, console, errors
 from agentrl.errors import UnknownNameError, UserError
@@ -49,6 +51,8 @@ def credit_lab(
     ] = None,
 ) -> None:
     """Score credit methods against the true advantage of every turn, known exactly on Sokoban and Lock.
+
+    Stopped, the same command goes on; what was scored with the same settings is not played again.
 
     Example:  [b]agentrl credit-lab --env lock --seeds 0 --json lab.json[/b]
     """
@@ -97,20 +101,22 @@ def credit_lab(
 
 
 NOTES = (
-    "rank: Spearman correlation of the turn's advantage with the exact one, mean over iterations (sd over seeds); "
-    "step: of its turn-level term alone; fresh: on batches no PRM or critic learned from.",
+    "fresh: Spearman correlation of the turn's advantage with the exact one, on batches after training that no PRM or "
+    "critic learned from (sd over seeds); rank: the same in training, where a PRM may have learned from the very batch "
+    "(prm.order), mean over iterations; step: of its turn-level term alone.",
     "sign: share of decisive turns (true advantage beyond 0.1) with the right sign; a signal of 0 counts one half.",
     "explained: share of the truth's variance that episode and step term explain linearly, at their best weights.",
-    "luck: share of the advantage's variance between plays of the same move in the same state and turn; 0 is best.",
+    "luck: share of the advantage's variance between plays of the same move in the same state and turn, with PRM and "
+    "critic learning from each play as in training; 0 is best.",
     "PRM: rank correlation of its turn rewards with the truth: untrained, first and second half of training, on fresh "
     "batches at the end; pairs: new pairs it orders right.",
 )
 
 ADVANTAGES = (
+    ("fresh_rank", "fresh"),
     ("rank", "rank"),
     ("rank_first", "1st half"),
     ("rank_second", "2nd half"),
-    ("fresh_rank", "fresh"),
     ("rank_step", "step"),
     ("sign", "sign"),
     ("explained", "expl."),
@@ -134,6 +140,13 @@ def score(suite: Suite, resamples: int, jobs: int) -> dict[tuple[str, int], dict
 
     work = [(environment, seed) for seed in suite.seeds for environment in suite.environments]
     configs = {(e, s): {m: run_config(suite, e, m, s).model_dump(mode="json") for m in suite.methods} for e, s in work}
+    stored = {cell: _Stored(suite, cell, configs[cell], resamples) for cell in work}
+    found = {cell: scores for cell in work if (scores := stored[cell].read()) is not None}
+    work = [cell for cell in work if cell not in found]
+    if found:
+        errors.print(Text(f"{len(found)} of {len(found) + len(work)} environments x seeds were scored before"))
+    if not work:
+        return found
     iterations = sum(configs[cell][suite.baseline]["iterations"] for cell in work)
     context = multiprocessing.get_context("spawn")
     bar = Progress(
@@ -146,7 +159,6 @@ def score(suite: Suite, resamples: int, jobs: int) -> dict[tuple[str, int], dict
         console=errors,
         transient=True,
     )
-    found = {}
     with context.Manager() as manager, bar, ProcessPoolExecutor(min(jobs, len(work)), context) as pool:
         ticks = manager.Queue()
         task = bar.add_task("", total=iterations)
@@ -154,12 +166,37 @@ def score(suite: Suite, resamples: int, jobs: int) -> dict[tuple[str, int], dict
         try:
             for future in _ticking(futures, lambda: bar.advance(task, _drain(ticks))):
                 found[futures[future]] = future.result()
+                stored[futures[future]].write(future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
     return found
+
+
+class _Stored:
+    """The scores of one environment and seed on disk: a lab that was stopped goes on where it was."""
+
+    def __init__(self, suite: Suite, cell: tuple[str, int], configs: Mapping[str, Any], resamples: int) -> None:
+        from agentrl.benchmark.suite import base_sha256
+
+        environment, seed = cell
+        self.path = Path(suite.out, environment, f"scores-{seed}.json")
+        made_of = [__version__, base_sha256(suite, environment), suite.baseline, resamples, configs]
+        self.sha256 = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    def read(self) -> dict[str, Any] | None:
+        """The scores, or None where there are none of the very same lab."""
+        try:
+            data = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return data["scores"] if data.get("sha256") == self.sha256 else None
+
+    def write(self, scores: Mapping[str, Any]) -> None:
+        with atomic_write(self.path) as file:
+            file.write(json.dumps({"sha256": self.sha256, "scores": scores}).encode() + b"\n")
 
 
 def _ticking(futures: Mapping[Any, Any], tick: Callable[[], None]) -> Any:
@@ -236,7 +273,7 @@ def _figures(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None
 def rows_of(
     methods: Mapping[str, Mapping[str, Sequence[float | None]]], columns: Sequence[tuple[str, str]]
 ) -> list[list[str]]:
-    """Returns the cells of a table, the head first: means over seeds, and the sd of the rank correlation."""
+    """Returns the cells of a table, the head first: means over seeds, and the sd of the first figure."""
     from statistics import fmean, stdev
 
     rows = [["method", *(title for _, title in columns)]]
@@ -245,7 +282,7 @@ def rows_of(
         for name, _ in columns:
             values = [v for v in figures[name] if v is not None]
             text = f"{fmean(values):.2f}" if values else "-"
-            if name == "rank" and len(values) > 1:
+            if name == columns[0][0] and len(values) > 1:
                 text += f" ({stdev(values):.2f})"
             row.append(text)
         rows.append(row)

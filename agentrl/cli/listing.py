@@ -1,4 +1,4 @@
-"""``agentrl envs``, ``policies`` and ``credit``: what can be named, and what it takes."""
+"""``agentrl policies`` and ``credit``: what can be named, and what it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
 import typer
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -19,42 +18,9 @@ from agentrl.errors import UnknownNameError
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds `envs`, `policies` and `credit`."""
-    app.command("envs")(envs)
+    """Adds `policies` and `credit`."""
     app.command("policies")(policies)
     app.command("credit")(credit)
-
-
-def envs(
-    env: Annotated[
-        str | None, typer.Argument(metavar="ENV", help="Show this one: its arguments, instructions and first view.")
-    ] = None,
-) -> None:
-    """List the environments, or show one.
-
-    Example:  [b]agentrl envs Sokoban-v0[/b]
-    """
-    import gymnasium as gym
-
-    from agentrl.envs import environment_ids
-    from agentrl.envs.registry import load_plugins
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken plugins are listed below
-        broken = load_plugins()
-    if env is not None:
-        _show_environment(env)
-        return
-    listing = Table(title="Environments", title_justify="left", title_style="bold")
-    listing.add_column("id", style="cyan", no_wrap=True)
-    listing.add_column("what the agent does")
-    listing.add_column("turn limit", justify="right")
-    for env_id, summary in environment_ids().items():
-        limit = gym.registry[env_id].max_episode_steps
-        listing.add_row(env_id, Text(summary), "none" if limit is None else str(limit))
-    console.print(listing)
-    for name, reason in broken.items():
-        errors.print(Text(f"plugin {name!r} could not be loaded: {reason}", style="yellow"), soft_wrap=True)
 
 
 def policies(
@@ -142,26 +108,6 @@ def _show_credit(method: Any) -> None:
     if method.options_type.model_fields:
         console.print(options)
     console.print(Text(f"needs: {_needs(method)}"))
-
-
-def _show_environment(env_id: str) -> None:
-    from agentrl.envs import environment_ids, make
-    from agentrl.types import text_of
-
-    world = make(env_id)
-    observation, _ = world.reset(seed=0)
-    base: Any = world.unwrapped
-    limit = None if world.spec is None else world.spec.max_episode_steps
-    rows = [
-        ("what the agent does", environment_ids().get(env_id.rpartition(":")[2], "")),
-        ("turn limit", limit),
-        ("arguments (--env-arg)", signature(type(base), leave_out=("render_mode",))),
-    ]
-    console.print(table(env_id, rows))
-    if instructions := getattr(base, "instructions", ""):
-        console.print(Panel(Text(instructions.strip()), title="instructions", title_align="left"))
-    console.print(Panel(Text(text_of(observation)), title="first observation of seed 0", title_align="left"))
-    world.close()
 
 
 def _show_policy(point: EntryPoint) -> None:

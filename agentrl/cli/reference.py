@@ -129,7 +129,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
     elif get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)
-    elif get_origin(annotation) is tuple:
+    elif get_origin(annotation) in (list, tuple):
         yield "list of " + ", ".join(kind for part in get_args(annotation) for kind in _kinds(part))
     else:
         yield names.get(annotation, "mapping")

@@ -29,6 +29,9 @@ class EnvConfig(Section):
     """Overrides of `kwargs` for held-out evaluation (for instance ``split: test``)."""
     max_turns: int | None = Field(default=None, ge=1)
     """Turn limit; None keeps the registered one."""
+    wrappers: list[dict[str, Any]] = Field(default_factory=list)
+    """Wrappers around the environment, the first innermost: ``{name: truncate_observation, limit: 2000}``, or
+    ``name: module:Class`` for one of your own (see `agentrl.envs.wrappers`)."""
     instructions: str | None = None
     """System prompt instead of the environment's own; a model that was warm-started on the task may need none ("")."""
 
@@ -133,6 +136,8 @@ class ShapingConfig(Section):
 
     @model_validator(mode="after")
     def _cache_fits(self) -> ShapingConfig:
+        if self.overlong_tokens is None and self.overlong_cache:
+            raise ValueError("shaping.overlong_cache has no effect without shaping.overlong_tokens")
         if self.overlong_tokens is not None and self.overlong_cache > self.overlong_tokens:
             raise ValueError(
                 f"shaping.overlong_cache={self.overlong_cache} is more than "
@@ -164,6 +169,14 @@ class PairConfig(Section):
     """Only pairs whose numbers of turns differ by at most this (remedy 1 of 1.12); None = any."""
     per_group_mean: bool = False
     """True: each group weighs the same however many pairs it has."""
+
+    @model_validator(mode="after")
+    def _margin_has_an_effect(self) -> PairConfig:
+        if self.margin and self.mode != "margin":
+            raise ValueError(
+                f"pairs.margin={self.margin} has no effect with pairs.mode={self.mode}; set pairs.mode=margin"
+            )
+        return self
 
 
 class PRMConfig(Section):
@@ -298,6 +311,9 @@ class PolicyUpdateConfig(Section):
     """How token losses become one loss (algorithms.md 7.2)."""
     aggregation_length: int = Field(default=1024, ge=1)
     """Constant of ``seq-mean-token-sum-norm``, in tokens."""
+    unit_advantage: bool = False
+    """Divide advantages by their standard deviation over the batch's action tokens, so that `kl_coef` and penalties
+    weigh the same whatever the credit method."""
     invalid_action_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the advantage of turns whose text was no action (``info["valid_action"]`` is False)."""
     overlong_filter: Literal["none", "token_limit", "any_limit"] = "none"

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from agentrl.batch.index import Index, count, rank, segment_mean, segment_std
-from agentrl.errors import NonFiniteError, UserError
+from agentrl.errors import NonFiniteError, UserError, unknown_name
 
 Tensor = torch.Tensor
 
@@ -98,7 +98,8 @@ class CreditMethod:
         options_type: its options; unknown ones are refused.
         function: pure: signals and options in, advantage out.
         needs: what it needs, or a function of its options that says so.
-        group_relative: compares with the other members of the group, so that groups of one give nothing.
+        group_relative: compares with the other members of the group, so that groups of one have no baseline.
+        check: refuses runs (a `RunConfig`) in which the method is not what it says, with a UserError.
     """
 
     name: str
@@ -106,23 +107,41 @@ class CreditMethod:
     function: Callable[[Signals, Any], Advantage]
     needs: frozenset[Need] | Callable[[Any], frozenset[Need]] = frozenset()
     group_relative: bool = True
+    check: Callable[[Any], None] | None = None
 
     def needs_of(self, options: Options) -> frozenset[Need]:
-        """What the method needs with these options."""
-        return self.needs(options) if callable(self.needs) else self.needs
+        """What the method needs with these options.
+
+        Raises:
+            UserError: a need that does not exist.
+        """
+        needs = self.needs(options) if callable(self.needs) else self.needs
+        for need in needs:
+            if need not in FIELD_OF:
+                raise UserError(f"credit method {self.name!r}: " + unknown_name("need", need, FIELD_OF))
+        return needs
 
     def __call__(self, signals: Signals, options: Options) -> Advantage:
         """Assigns credit.
 
         Raises:
-            UserError: a signal that the method needs is missing.
+            UserError: a signal that the method needs is missing, or its answer has the wrong shape.
             NonFiniteError: a signal is NaN or infinite; names the trajectory and the turn.
         """
-        for need in sorted(self.needs_of(options)):
+        needs = self.needs_of(options)
+        for need in sorted(needs):
             if getattr(signals, FIELD_OF[need]) is None:
                 raise UserError(f"credit method {self.name!r} needs {need!r}: give Signals.{FIELD_OF[need]}")
         _check_finite(signals)
-        return self.function(signals, options)
+        advantage = self.function(signals, options)
+        K, M = signals.index.K, signals.index.M
+        given = (("token", K), ("episode", M), ("step", M), *((("value_target", K),) if needs & {"values"} else ()))
+        for name, size in given:
+            values = getattr(advantage, name)
+            if values is None or values.shape != (size,):
+                found = None if values is None else tuple(values.shape)
+                raise UserError(f"credit method {self.name!r}: Advantage.{name} must have shape ({size},), not {found}")
+        return advantage
 
 
 def _check_finite(signals: Signals) -> None:
@@ -166,7 +185,9 @@ def leave_one_out(values: Tensor, owner: Tensor, size: int) -> Tensor:
     return torch.where(n > 1, centred * n / (n - 1).clamp(min=1), 0.0)
 
 
-def episode_advantage(index: Index, outcome: Tensor, estimator: EpisodeEstimator, *, ddof: int = 1) -> Tensor:
+def episode_advantage(
+    index: Index, outcome: Tensor, estimator: EpisodeEstimator, *, ddof: int = 1, eps: float = EPS
+) -> Tensor:
     """Returns (N,) float64: each trajectory's outcome against its group (algorithms.md 6).
 
     Trajectories without action tokens are left out of the group's statistics and get 0 (algorithms.md 1.7).
@@ -174,7 +195,7 @@ def episode_advantage(index: Index, outcome: Tensor, estimator: EpisodeEstimator
     acting = index.tokens_per_traj > 0
     owner, size, values = index.group_of_traj[acting], index.G, outcome.double()[acting]
     if estimator == "grpo":
-        advantage = zscore(values, owner, size, ddof=ddof)
+        advantage = zscore(values, owner, size, ddof=ddof, eps=eps)
     elif estimator == "rloo":
         advantage = leave_one_out(values, owner, size)
     else:

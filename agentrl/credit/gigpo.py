@@ -154,4 +154,5 @@ def needs(options: GiGPOOptions) -> frozenset[Need]:
     return frozenset({"state_keys"} if options.terminal_outcome else {"state_keys", "turn_rewards"})
 
 
-GIGPO = CreditMethod("gigpo", GiGPOOptions, gigpo, needs=needs)
+# States may come back within one episode: a group of one has a step term.
+GIGPO = CreditMethod("gigpo", GiGPOOptions, gigpo, needs=needs, group_relative=False)

@@ -8,23 +8,36 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
 
-from agentrl.credit.base import Advantage, CreditMethod, Options, Signals, broadcast, episode_advantage
+import torch
+from pydantic import Field
+
+from agentrl.batch.index import segment_std
+from agentrl.credit.base import EPS, Advantage, CreditMethod, Options, Signals, broadcast, episode_advantage
 
 
 class GRPOOptions(Options):
-    scale: bool = True
-    """Divide by the group's standard deviation."""
+    scale: Literal["group", "batch"] | bool = True
+    """Divide by the group's standard deviation (true or ``group``), by that of all outcomes of the batch (``batch``, as
+    TRL's `scale_rewards`), or by nothing (false)."""
     ddof: int = 1
     """Of that standard deviation: 1 divides by n - 1."""
+    eps: float = Field(default=EPS, ge=0)
+    """Added to it, in outcome units (verl 1e-6, TRL 1e-4)."""
 
 
 def grpo(signals: Signals, options: GRPOOptions) -> Advantage:
     """Returns the group-standardised outcome on every action token (K,)."""
     index = signals.index
-    estimator = "grpo" if options.scale else "dr_grpo"
-    episode = episode_advantage(index, signals.outcome, estimator, ddof=options.ddof)  # type: ignore[arg-type]
+    if options.scale in (True, "group"):
+        episode = episode_advantage(index, signals.outcome, "grpo", ddof=options.ddof, eps=options.eps)
+    else:
+        episode = episode_advantage(index, signals.outcome, "dr_grpo")
+    if options.scale == "batch":
+        acting = index.tokens_per_traj > 0
+        one = torch.zeros(int(acting.sum()), dtype=torch.int64)
+        episode = episode / (segment_std(signals.outcome[acting], one, 1, options.ddof) + options.eps)
     return broadcast(index, episode, torch.zeros(index.M, dtype=torch.float64))
 
 

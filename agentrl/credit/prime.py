@@ -8,14 +8,14 @@ r is `Signals.token_reward`, rbar_j the mean over the action tokens of trajector
 action tokens of all turns, observations skipped (the paper has one turn). The recipe's r' is Eq. 5's bracket plus
 (r_s - rbar_i)/(n-1), which sums to 0 over a trajectory; with gamma < 1 it discounts the outcome as well.
 
-The PRM is trained by cross-entropy of sigmoid(sum r) against success: pair this method with `prm.loss: ce`; nothing
-here checks or does that. Edge cases: a group of one has nobody to leave out and gets 0 for both terms (in the recipe
+The PRM is trained by cross-entropy of sigmoid(sum r) against success: a run needs `prm.loss: ce` and is refused
+otherwise. Edge cases: a group of one has nobody to leave out and gets 0 for both terms (in the recipe
 form before whitening); trajectories without action tokens are no members.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from agentrl.credit.base import (
     episode_advantage,
 )
 from agentrl.credit.rewards import tokens_left
+from agentrl.errors import UserError
 
 Tensor = torch.Tensor
 
@@ -99,4 +100,12 @@ def batch_normed(index: Index, reward: Tensor) -> Tensor:
     return reward.double() / (largest + 1e-6)
 
 
-PRIME = CreditMethod("prime", PRIMEOptions, prime, needs=frozenset({"prm"}))
+def _check(config: Any) -> None:
+    """Refuses a run whose PRM learns from pairs: it would be called PRIME and be something else."""
+    if config.prm.loss != "ce":
+        raise UserError(
+            f"credit.method=prime wants a PRM trained on labels, not prm.loss={config.prm.loss}; set prm.loss=ce"
+        )
+
+
+PRIME = CreditMethod("prime", PRIMEOptions, prime, needs=frozenset({"prm"}), check=_check)

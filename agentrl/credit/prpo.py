@@ -18,7 +18,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from agentrl.batch.index import segment_sum
 from agentrl.credit.base import (
@@ -62,6 +62,19 @@ class PRPOOptions(Options):
     """The implicit PRM, the environment's turn rewards, or a served PRM's turn scores."""
     temperature: float = Field(default=1.0, gt=0)
     """Reward units: what a segment's implicit reward is divided by before the sigmoid."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> PRPOOptions:
+        """Refuses options that would have no effect."""
+        idle = {
+            "segmenter=turn": ("spikes", "min_gap", "placement", "threshold") if self.segmenter == "turn" else (),
+            "prior=empirical": ("mu0", "sigma0") if self.prior == "empirical" else (),
+            f"scores={self.scores}": ("temperature",) if self.scores != "prm" else (),
+        }
+        for cause, names in idle.items():
+            if given := sorted(self.model_fields_set & set(names)):
+                raise ValueError(f"{', '.join(given)} has no effect with {cause}")
+        return self
 
     @field_validator("scores")
     @classmethod
@@ -131,4 +144,5 @@ def _needs(options: PRPOOptions) -> frozenset[Need]:
     return frozenset(needs)
 
 
-PRPO = CreditMethod("prpo", PRPOOptions, prpo, needs=_needs)
+# Its scores are compared with a prior: a group of one has them.
+PRPO = CreditMethod("prpo", PRPOOptions, prpo, needs=_needs, group_relative=False)

@@ -75,11 +75,16 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
     """Declares that `reset` and `step` take well under a millisecond and cannot block: the collector then calls them
     directly. Everything else runs in threads or processes, where a deadline can cut it off."""
 
+    single_task: bool = False
+    """Declares that every seed means the same task, which `check_env` otherwise takes for a seed that is ignored."""
+
     def __init__(self) -> None:
         self.observation_space: Space[Any] = AnyText()
         self.action_space: Space[Any] = AnyText()
         self._finished = True
         self._last: Content = ""
+        self._standing: dict[str, Any] = {}
+        """What the last info said of the state."""
 
     @abc.abstractmethod
     def begin(self, options: dict[str, Any]) -> tuple[Content, dict[str, Any]]:
@@ -98,9 +103,9 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
         """Plays a parsed action. Returns observation, reward, terminated, info."""
 
     def on_invalid(self, error: ActionError) -> Step:
-        """What happens after text that is no action: by default the last observation under an error line."""
+        """What happens after text that is no action: by default the last observation, under an error line."""
         last = self._last if isinstance(self._last, str) else ""
-        return f"Invalid action: {error}\n{last}", 0.0, False, {}
+        return f"Invalid action: {error}\n{last}", 0.0, False, dict(self._standing)
 
     def tabular(self) -> Tabular:
         """The task instance of the current episode as a finite Markov decision process, for exact values.
@@ -115,7 +120,7 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
         super().reset(seed=seed)
         self._finished = False
         observation, info = self.begin(options or {})
-        self._last = observation
+        self._remember(observation, info)
         return observation, {"success": False, "valid_action": True, **info}
 
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -129,9 +134,13 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
         else:
             observation, reward, terminated, info = self.play(parsed)
             info = {"success": False, "valid_action": True, **info}
-            self._last = observation
+            self._remember(observation, info)
         self._finished = terminated
         return observation, float(reward), terminated, False, info
+
+    def _remember(self, observation: Content, info: dict[str, Any]) -> None:
+        self._last = observation
+        self._standing = {key: info[key] for key in ("state_key", "admissible_actions") if key in info}
 
     def render(self) -> Any:
         return self._last

@@ -6,18 +6,39 @@ An entry point names a module whose import registers its environments (with `reg
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 
+from agentrl.envs.wrappers import wrap
 from agentrl.errors import UnknownNameError, UserError
 
 _OURS: dict[str, str] = {}
+_AGENTS: dict[str, dict[str, Agent]] = {}
+
+ROLES = ("random", "naive", "expert")
+"""What scripted agents are good for: a floor, what a little sense reaches, a ceiling."""
 
 
-def register(env_id: str, entry_point: Any, *, max_turns: int | None = None, summary: str = "", **kwargs: Any) -> None:
+class Agent(NamedTuple):
+    """A scripted agent by the name of its policy (`agentrl.policy.load_policy`) and the policy's options."""
+
+    policy: str
+    options: dict[str, Any]
+
+
+def register(
+    env_id: str,
+    entry_point: Any,
+    *,
+    max_turns: int | None = None,
+    summary: str = "",
+    agents: Mapping[str, str | tuple[str, dict[str, Any]]] | None = None,
+    **kwargs: Any,
+) -> None:
     """Registers an environment under `env_id` in Gymnasium's registry.
 
     Args:
@@ -25,8 +46,19 @@ def register(env_id: str, entry_point: Any, *, max_turns: int | None = None, sum
         entry_point: the class, or ``"module:Class"`` (imported on first use).
         max_turns: turn limit; episodes that reach it are truncated by Gymnasium's `TimeLimit`.
         summary: one line for ``agentrl envs``.
+        agents: scripted agents by role (``random``, ``naive``, ``expert``): a policy's name, or its name and options,
+            ``{"random": "random", "naive": ("lock-noisy-solver", {"skill": 0.5}), "expert": "lock-solver"}``.
         **kwargs: default keyword arguments of the environment.
+
+    Raises:
+        UserError: `agents` has another role.
     """
+    if unknown := sorted({*(agents or {})} - {*ROLES}):
+        raise UserError(f"environment {env_id!r}: agents has {unknown[0]!r}; roles are {', '.join(ROLES)}")
+    named = {role: agents[role] for role in ROLES if role in agents} if agents else {}
+    _AGENTS[env_id] = {
+        role: Agent(a, {}) if isinstance(a, str) else Agent(a[0], dict(a[1])) for role, a in named.items()
+    }
     _OURS[env_id] = summary
     if env_id not in gym.registry:
         gym.register(
@@ -58,27 +90,37 @@ def environment_ids() -> dict[str, str]:
     return dict(sorted(_OURS.items()))
 
 
-def make(env_id: str, *, max_turns: int | None = None, **kwargs: Any) -> gym.Env[Any, Any]:
+def scripted_agents(env_id: str) -> dict[str, Agent]:
+    """The scripted agents that an environment was registered with: role -> agent, in the order of `ROLES`."""
+    load_plugins()
+    return dict(_AGENTS.get(env_id.rpartition(":")[2], {}))
+
+
+def make(
+    env_id: str, *, max_turns: int | None = None, wrappers: Sequence[Mapping[str, Any]] = (), **kwargs: Any
+) -> gym.Env[Any, Any]:
     """Makes an environment: one of ours, or any Gymnasium id with text observations and actions.
 
     Args:
         env_id: registered id, or ``"module:Id-v0"`` to import `module` first.
         max_turns: overrides the registered turn limit.
+        wrappers: ``{"name": ..., **options}`` each (`agentrl.envs.wrappers`), the first innermost.
         **kwargs: keyword arguments of the environment.
 
     Raises:
         UnknownNameError: no such id; the message offers the nearest.
-        UserError: the environment refused its arguments.
+        UserError: the environment or a wrapper refused its arguments.
     """
     load_plugins()
     module, _, name = env_id.rpartition(":")
     if not module and name not in gym.registry:
         raise UnknownNameError("environment", env_id, [*_OURS], "agentrl envs lists all")
     try:
-        return gym.make(env_id, max_episode_steps=max_turns, **kwargs)
+        env = gym.make(env_id, max_episode_steps=max_turns, **kwargs)
     except TypeError as error:
         raise UserError(f"environment {env_id!r} cannot be made with {kwargs}: {error}") from error
     except gym.error.Error as error:
         raise UserError(f"environment {env_id!r} cannot be made: {error}") from error
     except ModuleNotFoundError as error:
         raise UserError(f"environment {env_id!r}: {error}; is the package that has it installed?") from error
+    return wrap(env, wrappers)

@@ -28,7 +28,7 @@ def environment_texts(env: EnvConfig | str, episodes: int = 64, *, seed: int = 0
     """
     env = EnvConfig(id=env) if isinstance(env, str) else env
     rng = random.Random(seed)
-    world = make(env.id, max_turns=env.max_turns, **env.kwargs)
+    world = make(env.id, max_turns=env.max_turns, wrappers=env.wrappers, **env.kwargs)
     texts, actions = [], set()
     try:
         for episode in range(episodes):

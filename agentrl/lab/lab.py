@@ -7,8 +7,10 @@ its own (PRM, critic), trained on these episodes as in its own run; methods with
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,13 +87,18 @@ class Panel:
             wanted[key] = (config, needs | wanted.get(key, (config, frozenset()))[1])
             self.methods[name] = method, options, key
         self.judges = {key: Judge(config, model, needs) for key, (config, needs) in wanted.items()}
+        self.played: deque[list[Trajectory]] = deque(
+            maxlen=max(config.prm.replay_iterations for config in configs.values()) - 1
+        )
         self.skill: dict[str, float | None] = {}
 
     def judge(self, batch: Batch, policy: Any, iteration: int, *, learn: bool) -> dict[str, Judged]:
         """Every method's view of `batch`; with `learn` PRMs and critics are trained on it."""
         found: dict[str, tuple[Signals, dict[str, Any]]] = {}
         for key, judge in self.judges.items():
-            signals, metrics = judge.judge(batch, policy, iteration=iteration, learn=learn)
+            share = judge.config.prm.replay_iterations - 1
+            replay = [t for old in list(self.played)[len(self.played) - share :] for t in old] if share else []
+            signals, metrics = judge.judge(batch, policy, replay, iteration, learn=learn)
             if learn:
                 self.skill[key] = signals.prm_skill
             else:  # a gate opens as far as it did when training ended
@@ -110,6 +117,8 @@ class Panel:
             assert value is not None
             if learn:
                 critic.update(batch, target, value, seed=iteration)
+        if learn:
+            self.played.append(list(batch.trajectories))
         return views
 
 
@@ -158,6 +167,7 @@ class Lab(Trainer):
             raise UserError(f"environment {config.env.id!r} has no turn limit; set env.max_turns")
         self.scores = {name: MethodScore() for name in configs}
         self.tables: dict[str, Tabular] = {}
+        self.exact: tuple[Any, ExactValues] | None = None
 
     def close(self) -> None:
         self.env.close()
@@ -169,29 +179,39 @@ class Lab(Trainer):
             self._log(self.iterate())
 
     def truth(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        """(M,) exact advantage of every turn under the current policy."""
+        """(M,) exact advantage of every turn under the current policy.
+
+        nan for turns that follow text that was no action: the agent then reads an error line above the state, which is
+        no observation of the table.
+        """
         for trajectory in trajectories:
             task = f"{trajectory.seed}"
             if task not in self.tables:
                 self.env.reset(seed=trajectory.seed)
                 self.tables[task] = self._tabular()
         tasks = {f"{t.seed}": self.tables[f"{t.seed}"] for t in trajectories}
-        exact = ExactValues(
-            self.model,
-            self.policy.chat,  # type: ignore[attr-defined]
-            tasks,
-            instructions=self.config.env.instructions or "",
-            horizon=self.horizon,
-            temperature=self.config.rollout.temperature,
-        )
+        known = (self.iteration, *sorted(tasks))
+        if self.exact is None or self.exact[0] != known:  # resamples play the same tasks with the same policy
+            values = ExactValues(
+                self.model,
+                self.policy.chat,  # type: ignore[attr-defined]
+                tasks,
+                instructions=self.config.env.instructions or "",
+                horizon=self.horizon,
+                temperature=self.config.rollout.temperature,
+            )
+            self.exact = known, values
+        exact = self.exact[1]
         keys = iter(state_keys(trajectories))
-        return np.array(
-            [
-                exact.advantage(str(t.seed), next(keys), self._action(turn), self.horizon - number)
-                for t in trajectories
-                for number, turn in enumerate(t.turns)
-            ]
-        )
+        values = []
+        for t in trajectories:
+            clear = True
+            for number, turn in enumerate(t.turns):
+                key, action = next(keys), self._action(turn)
+                value = exact.advantage(str(t.seed), key, action, self.horizon - number)
+                values.append(value if clear else np.nan)
+                clear = action is not None
+        return np.array(values)
 
     def _tabular(self) -> Tabular:
         inner = self.env.unwrapped
@@ -215,27 +235,33 @@ class Lab(Trainer):
 
     def _update(self, batch: Batch, signals: Signals, advantage: Advantage) -> dict[str, Any]:
         truth = self.truth(batch.trajectories)
+        known = np.isfinite(truth)
         if self.iteration == 0:
             for name, view in self.panel.judge(batch, self.model, 0, learn=False).items():
                 if view.reward is not None:
-                    self.scores[name].rank_reward_before = spearman(view.reward, truth)
+                    self.scores[name].rank_reward_before = spearman(view.reward[known], truth[known])
         for name, view in self.panel.judge(batch, self.model, self.iteration, learn=True).items():
-            score = self.scores[name]
-            score.rank.append(spearman(view.total, truth))
-            score.rank_step.append(spearman(view.step, truth))
-            score.sign.append(sign_accuracy(view.total, truth))
-            score.explained.append(explained(truth, view.episode, view.step))
+            score, right = self.scores[name], truth[known]
+            score.rank.append(spearman(view.total[known], right))
+            score.rank_step.append(spearman(view.step[known], right))
+            score.sign.append(sign_accuracy(view.total[known], right))
+            score.explained.append(explained(right, view.episode[known], view.step[known]))
             if view.reward is not None:
-                score.rank_reward.append(spearman(view.reward, truth))
+                score.rank_reward.append(spearman(view.reward[known], right))
             if view.pair_accuracy is not None:
                 score.pair_accuracy.append(view.pair_accuracy)
         return super()._update(batch, signals, advantage)
 
     def resample(self, times: int) -> None:
-        """Plays the next tasks `times` times over with the final policy; no judge learns from these episodes."""
+        """Plays the next tasks `times` times over with the final policy.
+
+        `fresh_rank` judges with PRMs and critics as they are, which have seen none of these episodes. `luck` lets
+        copies of them learn from each play as in training: what a PRM picks up by chance is luck as well.
+        """
         tasks = self.dealer.deal(self.config.rollout.groups, self.iteration)
         truths: list[np.ndarray] = []
-        views: dict[str, list[Judged]] = {name: [] for name in self.scores}
+        fresh: dict[str, list[Judged]] = {name: [] for name in self.scores}
+        learned: dict[str, list[np.ndarray]] = {name: [] for name in self.scores}
         moves: list[Any] = []
         for number in range(times):
             seed = self.config.seed + RESAMPLE_SEED * (number + 1)
@@ -245,15 +271,18 @@ class Lab(Trainer):
             moves += [(t.seed, next(keys), self._action(turn), n) for t in played for n, turn in enumerate(t.turns)]
             batch = build_batch(played, device=self.config.model.device)
             for name, view in self.panel.judge(batch, self.model, self.iteration, learn=False).items():
-                views[name].append(view)
+                fresh[name].append(view)
+            for name, view in copy.deepcopy(self.panel).judge(batch, self.model, self.iteration, learn=True).items():
+                learned[name].append(view.total)
         truth = np.concatenate(truths)
+        known = np.isfinite(truth)
         for name, score in self.scores.items():
-            total = np.concatenate([view.total for view in views[name]])
-            score.fresh_rank = spearman(total, truth)
-            score.luck = luck(total, moves)
-            rewards = [view.reward for view in views[name] if view.reward is not None]
+            total = np.concatenate([view.total for view in fresh[name]])
+            score.fresh_rank = spearman(total[known], truth[known])
+            score.luck = luck(np.concatenate(learned[name]), moves)
+            rewards = [view.reward for view in fresh[name] if view.reward is not None]
             if rewards:
-                score.fresh_rank_reward = spearman(np.concatenate(rewards), truth)
+                score.fresh_rank_reward = spearman(np.concatenate(rewards)[known], truth[known])
 
 
 def run_lab(

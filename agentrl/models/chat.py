@@ -14,6 +14,9 @@ that rewrites earlier turns (many drop the thinking of earlier turns). What the 
 Two deliberate differences from rendering afresh, both in favour of the environment's exact words: white space around an
 observation is kept where the template would strip it (the first row of a board keeps its indentation), and special
 tokens spelled out in an observation stay plain text (a page that says ``<|im_end|>`` cannot end the user's turn).
+
+A picture is the marks that the template writes around one, with as many placeholders between as the model's image
+processor makes of it; where it stands travels beside the ids (`ImageSpan`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from agentrl.errors import ModelError
-from agentrl.types import Content, ImagePart, text_of
+from agentrl.types import Content, ImagePart, ImageSpan, TextPart, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from agentrl.models.vision import ImageReader
 
 _CACHE = 4096
 """Texts whose ids are kept. Members of a group share observations, so that most look-ups hit."""
@@ -55,13 +60,18 @@ class ChatCodec:
     matches_template: bool
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, template_options: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         """Finds the template's pieces.
 
         Args:
             tokenizer: any tokenizer with a chat template and a padding token.
             template_options: variables for the template, e.g. ``{"enable_thinking": False}``.
+            images: how the model reads pictures (`agentrl.models.vision.reader_of`); None: text only.
 
         Raises:
             ModelError: no chat template, no generation prompt, no end-of-turn or padding token, or a template that
@@ -87,6 +97,8 @@ class ChatCodec:
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset({self.end_id} if eos is None else {self.end_id, int(eos)})
         self.matches_template = self._agrees_with_template()
+        self._images = images
+        self._image_marks = ((), ()) if images is None else self._find_image_marks(images.token_id)
 
     def start(self, instructions: str, observation: Content) -> list[int]:
         """Returns the ids of a new context, up to and including the generation prompt.
@@ -124,6 +136,22 @@ class ChatCodec:
             ids += self.extend(action_ids, following)
         return ids
 
+    def image_spans(self, observation: Content) -> list[ImageSpan]:
+        """Returns where the pictures of `observation` stand in ids that end with it (`start`, `extend`, `window`).
+
+        `start` counts from the end of those ids, and so is negative.
+        """
+        if isinstance(observation, str):
+            return []
+        at = -len(self._prompt)
+        spans: list[ImageSpan] = []
+        for part in reversed(observation):
+            length = len(self._part_ids(part))
+            at -= length
+            if isinstance(part, ImagePart):
+                spans.append(ImageSpan(start=at, length=length, image=part, text_ids=list(self._text_ids(part.alt))))
+        return spans[::-1]
+
     def encode_action(self, text: str) -> list[int]:
         """Returns the ids of an action that was not sampled (a demonstration), with the end-of-turn token."""
         return [*self._text_ids(text), self.end_id]
@@ -140,12 +168,21 @@ class ChatCodec:
     def _observation_ids(self, observation: Content) -> tuple[int, ...]:
         if isinstance(observation, str):
             return self._text_ids(observation)
-        if any(isinstance(part, ImagePart) for part in observation):
+        if not any(isinstance(part, ImagePart) for part in observation):
+            return self._text_ids(text_of(observation))
+        return tuple(i for part in observation for i in self._part_ids(part))
+
+    def _part_ids(self, part: TextPart | ImagePart) -> tuple[int, ...]:
+        if isinstance(part, TextPart):
+            return self._text_ids(part.text)
+        if self._images is None:
             raise ModelError(
-                "the observation holds an image, but this chat codec takes text only; have the environment describe "
-                "what it shows in words, or leave the image parts out"
+                "the observation holds an image, but this chat codec takes text only; take a vision-language model "
+                "(Qwen2.5-VL, Qwen3-VL), have the environment describe what it shows in words, or leave the image "
+                "parts out"
             )
-        return self._text_ids(text_of(observation))
+        before, after = self._image_marks
+        return (*before, *[self._images.token_id] * self._images.read(part).tokens, *after)
 
     def _encode_piece(self, text: str) -> tuple[int, ...]:
         """Ids of a piece of the template: special tokens are what they are."""
@@ -163,7 +200,7 @@ class ChatCodec:
         before, after = self._system_head
         return self._encode_piece(before) + self._encode_text(instructions) + self._encode_piece(after)
 
-    def _render(self, *contents: tuple[str, str], generate: bool = True) -> str:
+    def _render(self, *contents: tuple[str, Any], generate: bool = True) -> str:
         """Renders (role, content) pairs; any failure of the template is a ValueError."""
         from jinja2 import TemplateError
 
@@ -208,6 +245,26 @@ class ChatCodec:
                 "{% if add_generation_prompt %}...{% endif %} that writes the assistant's header"
             )
         return prompt, glue
+
+    def _find_image_marks(self, token_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids that the template writes before and after the placeholders of a picture."""
+        content: Any = [{"type": "image"}, {"type": "text", "text": _FIRST}]
+        try:
+            (before, _) = _split(self._render(("user", content)), _FIRST)
+        except ValueError as error:
+            raise ModelError(
+                f"{self._name}: its chat template cannot show a message with an image part ({error}); "
+                f"{HOW_TO_SET['chat template']}"
+            ) from error
+        marked = self._encode_piece(before.removeprefix(self._plain_head))
+        if not before.startswith(self._plain_head) or marked.count(token_id) != 1:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            raise ModelError(
+                f"{self._name}: for an image part its chat template writes {before.removeprefix(self._plain_head)!r}, "
+                f"where the model's placeholder {token!r} must stand once"
+            )
+        at = marked.index(token_id)
+        return marked[:at], marked[at + 1 :]
 
     def _find_end(self, glue: tuple[int, ...]) -> tuple[int, int]:
         """Returns the end-of-turn id and the position in `glue` after it (0 where the template writes none)."""

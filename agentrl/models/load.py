@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from agentrl.models.vision import ImageReader
+
 DType = Literal["float32", "bfloat16"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _CHUNK = 1 << 22
 """Elements of a tensor that `fingerprint` reads at once (32 MB of int64)."""
 
@@ -77,7 +80,9 @@ def load_model(
     train: bool = False,
     attn_implementation: str = "agentrl",
 ) -> PreTrainedModel:
-    """Loads a causal language model for acting or for training.
+    """Loads a causal language model, with or without eyes, for acting or for training.
+
+    A vision-language model gets its image processor as `model.image_reader` (see `agentrl.models.vision`).
 
     The model is in evaluation mode in both cases: dropout would make the trainer's log-probs differ from those that
     were sampled from.
@@ -94,7 +99,7 @@ def load_model(
         ModelError: files missing or broken, weights that are not all there, no such device, an unreachable hub.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     import agentrl.models.attention  # noqa: F401  (registers "agentrl")
 
@@ -109,7 +114,9 @@ def load_model(
     if directory is not None and (missing := _missing_files(directory, tokenizer=False)):
         raise ModelError(f"model directory {str(path)!r}: " + "; ".join(missing))
     with _loading("model", path, directory):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(directory or str(path))
+        sees = hasattr(config, "vision_config") and hasattr(config, "image_token_id")
+        loaded: Any = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             directory or str(path),
             dtype=torch.float32 if train else getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -122,9 +129,28 @@ def load_model(
             f"random, e.g. {absent[0]!r}; is config.json the one that these weights were saved with?"
         )
     ready: PreTrainedModel = model.to(device).eval().requires_grad_(train)
+    if sees:
+        ready.image_reader = _load_reader(path, directory, config.image_token_id)  # type: ignore[assignment]
     if train and dtype != "float32":
         ready.compute_dtype = getattr(torch, dtype)
     return ready
+
+
+def _load_reader(path: str | Path, directory: Path | None, token_id: int) -> ImageReader:
+    from transformers import AutoImageProcessor
+
+    from agentrl.models.vision import ImageReader
+
+    if directory is not None and not _has_any(directory, _PROCESSORS):
+        raise ModelError(
+            f"model directory {str(path)!r}: no image processor (preprocessor_config.json), and the model reads "
+            "pictures: copy the file from the model these weights come from, or save one with "
+            "`image_processor.save_pretrained(directory)`"
+        )
+    with _loading("image processor", path, directory):
+        # Pillow's version also where torchvision is installed: the same pixels on every machine.
+        processor = AutoImageProcessor.from_pretrained(directory or str(path), backend="pil")
+    return ImageReader(processor, token_id)
 
 
 def check_model_output(path: str | Path) -> Path:
@@ -174,10 +200,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes weights (safetensors) and tokenizer into the new folder `folder`, not atomically (see `save_model`)."""
+    """Writes weights (safetensors), tokenizer and image processor (if it has one) into the new folder `folder`.
+
+    Not atomically: see `save_model`.
+    """
     with _no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if (reader := getattr(model, "image_reader", None)) is not None:
+            reader.processor.save_pretrained(folder)
     mode = (folder / "config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):  # the library writes them readable by their owner alone
         weights.chmod(mode)

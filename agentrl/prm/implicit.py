@@ -50,6 +50,7 @@ class ImplicitPRM:
         temperature: the sampler's temperature, applied to every model alike.
         budget: tokens per forward pass.
         seed: of the pairs' matching, hold-out and replay draws.
+        frozen: a model that nobody trains, taken as the ``frozen`` reference in place of that copy.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ImplicitPRM:
         temperature: float = 1.0,
         budget: int = 16384,
         seed: int = 0,
+        frozen: Any = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -71,7 +73,9 @@ class ImplicitPRM:
         self.seed = seed
         self.updates = 0
         self.reference: Any = None
-        if config.reference != "behaviour":
+        if config.reference == "frozen" and frozen is not None:
+            self.reference = frozen
+        elif config.reference != "behaviour":
             self.reference = copy.deepcopy(initial_policy).requires_grad_(False)
         self.optimizer = self._make_optimizer()
 
@@ -101,6 +105,8 @@ class ImplicitPRM:
         centre = self.centre(batch, policy)
         reference = self.reference_scores(batch, policy, centre)
         before = self.scores(batch, centre)
+        check_finite(batch, "the PRM", before)
+        check_finite(batch, "the PRM's reference", reference)
         reward = self._reward(batch, before - reference)
         pairs = self.pairs(batch.trajectories, self.draw(iteration, 0))
         objective = self.objective(batch.trajectories, outcome, pairs)
@@ -120,8 +126,10 @@ class ImplicitPRM:
     def judge(self, batch: Batch, policy: Any) -> tuple[Tensor, dict[str, float]]:
         """Rewards (K,) of a batch and its health metrics, without learning from it. Arguments as in `step`."""
         centre = self.centre(batch, policy)
-        s = self.scores(batch, centre)
-        reward = self._reward(batch, s - self.reference_scores(batch, policy, centre))
+        s, reference = self.scores(batch, centre), self.reference_scores(batch, policy, centre)
+        check_finite(batch, "the PRM", s)
+        check_finite(batch, "the PRM's reference", reference)
+        reward = self._reward(batch, s - reference)
         return reward, self._health(batch, reward, s, self.pairs(batch.trajectories, self.draw(0, 3)))
 
     def update(
@@ -294,3 +302,16 @@ class ImplicitPRM:
         """Restores what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+
+
+def check_finite(batch: Batch, who: str, logprob: Tensor) -> None:
+    """Raises NonFiniteError where a log-prob (K,) is NaN or infinite; names the trajectory and the turn."""
+    if torch.isfinite(logprob).all():
+        return
+    index = batch.index
+    token = int((~torch.isfinite(logprob)).nonzero()[0])
+    turn = int(index.turn_of_token[token])
+    name = batch.trajectories[int(index.traj_of_turn[turn])].id
+    raise NonFiniteError(
+        f"trajectory {name}, turn {int(index.turn_rank[turn])}: a log-prob of {who} is {float(logprob[token])}"
+    )

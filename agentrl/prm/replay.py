@@ -6,6 +6,7 @@ log-probs of the policy that played them, and steps end once the loss on groups 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def learn_from_draws(
     if not groups:
         return metrics
     random = np.random.default_rng(prm.draw(iteration, 2))
-    held = set(random.permutation(groups)[: round(config.holdout * len(groups))].tolist())
+    held = {group for group in groups if _held(prm, batch, group)}
     trained = [group for group in groups if group not in held]
     best = _loss(prm, batch, objective, held, policy) if held and trained else math.inf
     for _ in range(config.updates if trained else 0):
@@ -68,6 +69,14 @@ def learn_from_draws(
                 break
             best = loss
     return metrics
+
+
+def _held(prm: ImplicitPRM, batch: Batch, group: int) -> bool:
+    """Whether a group is kept out of every update: decided by its name, once and for all, so that replay never trains
+    on what was held out before."""
+    first = int((batch.index.group_of_traj == group).nonzero()[0])
+    name = f"{prm.seed}/{batch.trajectories[first].group_id}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") < prm.config.holdout * 2**32
 
 
 def _loss(prm: ImplicitPRM, batch: Batch, objective: Objective, groups: set[int], policy: Any) -> float:

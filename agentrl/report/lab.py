@@ -9,7 +9,7 @@ from typing import Any
 from agentrl.report.curves import pyplot
 
 PANELS = (
-    ("rank", "rank correlation with the truth", 0.0),
+    ("fresh_rank", "rank correlation with the truth, fresh batches", 0.0),
     ("sign", "right sign on decisive turns", 0.5),
     ("luck", "share of luck (lower is better)", None),
 )
@@ -20,7 +20,7 @@ def plot_lab(methods: Mapping[str, Mapping[str, Sequence[float | None]]], path: 
     """Draws one environment: a dot per method (mean over seeds) and a line over the range of its seeds, OPRL in blue.
 
     Args:
-        methods: method -> figure -> one value per seed; methods are sorted by their rank correlation.
+        methods: method -> figure -> one value per seed; methods are sorted by their first panel.
         path: PNG file to write.
         title: above the picture.
 
@@ -28,7 +28,7 @@ def plot_lab(methods: Mapping[str, Mapping[str, Sequence[float | None]]], path: 
         UserError: matplotlib is not installed.
     """
     plt = pyplot()
-    order = sorted(methods, key=lambda name: _mean(methods[name]["rank"]))
+    order = sorted(methods, key=lambda name: _mean(methods[name]["fresh_rank"]))
     figure, panels = plt.subplots(
         1, len(PANELS), figsize=(11, 0.32 * len(order) + 1.5), sharey=True, layout="constrained"
     )

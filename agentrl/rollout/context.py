@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentrl.errors import AgentRLError
-from agentrl.types import Content
+from agentrl.types import Content, ImageSpan
 
 if TYPE_CHECKING:
     from agentrl.models.chat import ChatCodec
@@ -31,6 +31,10 @@ class Context:
     prompt_ids: list[int]
     """The part that is new since the last sampled id; all of `ids` where `new_row`. Stored in the `Turn`."""
     new_row: bool
+    images: list[ImageSpan] = field(default_factory=list)
+    """Pictures in `ids`, in order."""
+    prompt_images: list[ImageSpan] = field(default_factory=list)
+    """Pictures in `prompt_ids`. Stored in the `Turn`."""
 
 
 class ContextBuilder:
@@ -51,6 +55,7 @@ class ContextBuilder:
         self._sent: list[int] = []
         self._actions: list[int] = []
         self._observation: Content = ""
+        self._images: list[ImageSpan] = []
         self._past: deque[tuple[Content, list[int]]] = deque(maxlen=window or 0)
 
     def observe(self, observation: Content) -> Context:
@@ -72,7 +77,10 @@ class ContextBuilder:
             self._row = prompt = list(self._codec.window(self._instructions, list(self._past), observation))
             new_row = True
         self._sent = list(self._row)
-        return Context(self._sent, prompt, new_row)
+        images = self._images_in(prompt, new_row)
+        before = len(self._row) - len(prompt)
+        self._images = [*([] if new_row else self._images), *(image.moved(before) for image in images)]
+        return Context(self._sent, prompt, new_row, list(self._images), images)
 
     def act(self, action_ids: Sequence[int]) -> None:
         """Records the ids sampled after the last `observe`."""
@@ -80,6 +88,24 @@ class ContextBuilder:
         self._turns += 1
         if self._window:
             self._past.append((self._observation, self._actions))
+
+    def _images_in(self, prompt: list[int], new_row: bool) -> list[ImageSpan]:
+        """Returns the pictures in `prompt`, found from its end backwards, observation by observation."""
+        shown = [(self._observation, self._actions)]
+        if new_row and self._turns:
+            past = list(self._past)
+            before = [[], *(actions for _, actions in past)]
+            shown = list(zip([*(seen for seen, _ in past), self._observation], before, strict=True))
+        if all(isinstance(observation, str) for observation, _ in shown):
+            return []
+        spans: list[ImageSpan] = []
+        end = len(prompt)
+        for observation, actions in reversed(shown):
+            if not isinstance(observation, str):
+                spans = [span.moved(end) for span in self._codec.image_spans(observation)] + spans
+            if len(shown) > 1:
+                end -= len(self._codec.extend(actions, observation)) + len(actions)
+        return spans
 
     def _check_prefix(self) -> None:
         """The sampler saw `_sent` and answered `_actions`: the new row must begin with exactly these."""

@@ -178,6 +178,7 @@ class Episode:
                 observation=observation,
                 action=action.text,
                 prompt_ids=context.prompt_ids if context is not None else [],
+                prompt_images=context.prompt_images if context is not None else [],
                 action_ids=action.ids or [],
                 action_logprobs=action.logprobs or [],
                 new_row=context is None or context.new_row,
@@ -211,6 +212,7 @@ class Episode:
             messages=self._visible(),
             info=info,
             context_ids=None if context is None else context.ids,
+            context_images=() if context is None else context.images,
             seed=action_seed(self.job.action_seed, turn),
             sampling=shared.sampling,
         )

@@ -15,7 +15,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import gymnasium as gym
@@ -48,13 +48,15 @@ class LocalHost:
 
     fast = False
 
-    def __init__(self, env_id: str, max_turns: int | None, kwargs: dict[str, Any]) -> None:
-        self._arguments = (env_id, max_turns, kwargs)
+    def __init__(
+        self, env_id: str, max_turns: int | None, kwargs: dict[str, Any], wrappers: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._arguments = (env_id, max_turns, kwargs, wrappers)
         self._env: gym.Env[Any, Any] | None = None
 
     def make(self) -> None:
-        env_id, max_turns, kwargs = self._arguments
-        self._env = make(env_id, max_turns=max_turns, **kwargs)
+        env_id, max_turns, kwargs, wrappers = self._arguments
+        self._env = make(env_id, max_turns=max_turns, wrappers=wrappers, **kwargs)
         self.fast = bool(getattr(self._env.unwrapped, "fast", False))
 
     def reset(self, seed: int, options: dict[str, Any]) -> Reset:
@@ -167,6 +169,7 @@ class EnvironmentPool:
         self.env_id = config.id
         self.kwargs = {**config.kwargs, **config.eval_kwargs} if evaluation else dict(config.kwargs)
         self._max_turns = config.max_turns
+        self._wrappers = config.wrappers
         self.executor = executor
         """``auto`` until the first environment was looked at (`decide`)."""
         self.made = 0
@@ -179,9 +182,9 @@ class EnvironmentPool:
         if self.executor == "process":
             from agentrl.rollout.process import ProcessHost
 
-            host = ProcessHost(self.env_id, self._max_turns, self.kwargs)
+            host = ProcessHost(self.env_id, self._max_turns, self.kwargs, self._wrappers)
         else:
-            host = LocalHost(self.env_id, self._max_turns, self.kwargs)
+            host = LocalHost(self.env_id, self._max_turns, self.kwargs, self._wrappers)
         self.made += 1
         name = f"env-{self.env_id}-{next(self._numbers)}"
         return Environment(host, name, threaded=self.executor != "inline")

@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 import weakref
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -39,9 +40,11 @@ class ProcessHost:
 
     fast = False
 
-    def __init__(self, env_id: str, max_turns: int | None, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, env_id: str, max_turns: int | None, kwargs: dict[str, Any], wrappers: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self._env_id = env_id
-        self._arguments = (env_id, max_turns, kwargs)
+        self._arguments = (env_id, max_turns, kwargs, wrappers)
         self._process: Any = None
         self._pipe: Connection | None = None
         self._killed = False

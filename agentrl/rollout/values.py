@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from agentrl.errors import EnvironmentFailure, UserError
+from agentrl.images import image_part, images_of
 from agentrl.types import Content, ImagePart, TextPart
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -58,14 +59,23 @@ def jsonable(value: Any, depth: int = _DEPTH) -> Any:
 def checked_observation(env_id: str, observation: Any) -> Content:
     """Returns `observation` if it is text, or text and image parts.
 
+    A Gymnasium observation ``{"text": str, "image": (height, width, 3) uint8}`` becomes the picture, then the text.
+
     Raises:
-        UserError: anything else, with the type that came.
+        UserError: anything else, with the type that came; a picture without pixels.
     """
     if type(observation) is str:
         return observation
     if isinstance(observation, str):
         return str(observation)
+    if isinstance(observation, Mapping) and set(observation) == {"text", "image"}:
+        return [image_part(observation["image"]), TextPart(text=str(observation["text"]))]
     if isinstance(observation, list) and all(isinstance(part, TextPart | ImagePart) for part in observation):
+        if bare := [part.path for part in images_of(observation) if part._source is None]:
+            raise UserError(
+                f"environment {env_id!r} returned the picture {bare[0]!r} without its pixels; make image parts with "
+                "agentrl.images.image_part(pixels)"
+            )
         return observation
     raise UserError(
         f"environment {env_id!r} returned a {type(observation).__name__} as its observation; agents read text (str) or "

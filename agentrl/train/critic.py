@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.batch import Batch
-from agentrl.batch.scoring import hidden_states
+from agentrl.batch import Batch, MicroBatch
+from agentrl.batch.scoring import run_rows
 from agentrl.config.schema import CriticConfig
 from agentrl.errors import NonFiniteError
-from agentrl.models.attention import precision, run_ragged
+from agentrl.models.attention import precision
 
 Tensor = torch.Tensor
 
@@ -47,11 +47,9 @@ class Critic:
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """Returns the value before every action token, (K,) float32 on the CPU, in outcome units."""
-        if batch.index.K == 0:
-            return torch.zeros(0)
-        with precision(self.model):
-            hidden = hidden_states(self.model, batch, budget=self.budget)
-            values: Tensor = self.head(hidden).squeeze(-1).float().cpu()
+        values = torch.zeros(batch.index.K)
+        for micro in batch.microbatches(self.budget):
+            values[micro.tokens] = self._forward(micro).cpu()
         return values
 
     def update(self, batch: Batch, target: Tensor, old: Tensor, *, seed: int = 0) -> dict[str, float]:
@@ -85,15 +83,20 @@ class Critic:
             "critic_explained": 1 - left / spread if spread > 0 else 0.0,
         }
 
+    def _forward(self, micro: MicroBatch) -> Tensor:
+        """(j,) float32 values of the tokens of one micro-batch, in the order of `micro.tokens`."""
+        with precision(self.model):
+            hidden = run_rows(self.model, micro)[micro.predict_at]
+            values: Tensor = self.head(hidden).squeeze(-1)[micro.slot.to(hidden.device)].float()
+        return values
+
     def _step(self, batch: Batch, target: Tensor, old: Tensor, members: np.ndarray) -> tuple[float, float]:
         inside = torch.zeros(batch.index.N, dtype=torch.bool).index_fill_(0, torch.from_numpy(members), True)
         tokens = int(inside[batch.index.traj_of_token].sum())
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro in batch.microbatches(self.budget, members.tolist()):
-            with precision(self.model):
-                hidden = run_ragged(self.model, micro.ids, micro.positions, micro.plan)[micro.predict_at]
-                value = self.head(hidden).squeeze(-1)[micro.slot.to(hidden.device)].float()
+            value = self._forward(micro)
             goal, before = target[micro.tokens].to(value), old[micro.tokens].to(value)
             loss = (value - goal).square()
             if self.config.clip is not None:

@@ -71,7 +71,10 @@ def gather(collector: Collector, dealer: Dealer, config: RunConfig, iteration: i
     while True:
         tasks = dealer.deal(wanted - groups, iteration, dealt)
         dealt += len(tasks)
-        new = collector.collect(tasks, seed=config.seed, iteration=iteration)
+        # A pool may deal a task twice in an iteration: each collection draws its actions from a stream of its own.
+        refill = counts["refills"]
+        seed = int(np.random.SeedSequence((config.seed, refill)).generate_state(1)[0]) if refill else config.seed
+        new = collector.collect(tasks, seed=seed, iteration=iteration)
         played = new if played is None else _joined(played, new)
         found = new.trajectories
         if config.outcome.truncated == "excluded":

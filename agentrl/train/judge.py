@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from agentrl.batch import Batch, score
+from agentrl.batch import Batch, build_batch, score
+from agentrl.batch.rows import in_words
 from agentrl.config import RunConfig
 from agentrl.credit import Signals
 from agentrl.credit.base import Need
@@ -17,7 +18,7 @@ from agentrl.models.load import load_model
 from agentrl.prm import ImplicitPRM
 from agentrl.train.critic import Critic
 from agentrl.train.shaping import shaped_outcome, shaped_turn_rewards
-from agentrl.types import Trajectory
+from agentrl.types import Trajectory, text_of
 
 Metrics = dict[str, Any]
 
@@ -36,7 +37,8 @@ class Judge:
         self.budget = config.policy_update.tokens_per_microbatch
         self.temperature = config.rollout.temperature
         self.initial = self.prm = self.critic = self.served = None
-        if "reference" in needs or config.policy_update.kl_coef > 0:
+        self.wants_reference = "reference" in needs or config.policy_update.kl_coef > 0
+        if self.wants_reference or ("prm" in needs and config.prm.reference != "behaviour"):
             self.initial = copy.deepcopy(model).requires_grad_(False)
         if "prm" in needs:
             self.prm = ImplicitPRM(
@@ -47,6 +49,7 @@ class Judge:
                 temperature=self.temperature,
                 budget=self.budget,
                 seed=config.seed,
+                frozen=self.initial,
             )
         if "values" in needs:
             self.critic = Critic(self._start(config.critic.init, model), config.critic, budget=self.budget)
@@ -87,13 +90,14 @@ class Judge:
         fields: dict[str, Any] = {}
         metrics: Metrics = {}
         if self.prm is not None:
+            seen, replay = self._in_words(batch, replay)
             if learn:
                 raw = torch.tensor([t.outcome for t in trajectories], dtype=torch.float64)
-                fields["token_reward"], metrics = self.prm.step(batch, raw, policy, replay, iteration)
+                fields["token_reward"], metrics = self.prm.step(seen, raw, policy, replay, iteration)
             else:
-                fields["token_reward"], metrics = self.prm.judge(batch, policy)
+                fields["token_reward"], metrics = self.prm.judge(seen, policy)
             fields |= {"prm_updates": self.prm.updates, "prm_skill": metrics.get("prm_skill")}
-        if self.initial is not None:
+        if self.wants_reference:
             fields["reference_logprob"] = self._score(self.initial, batch).logprob
         if "entropy" in self.needs:
             fields["entropy"] = self._score(policy, batch, want_entropy=True).entropy
@@ -129,6 +133,24 @@ class Judge:
         for name, part in (("prm", self.prm), ("critic", self.critic)):
             if part is not None:
                 part.load_state_dict(state[name])
+
+    def _in_words(self, batch: Batch, replay: Sequence[Trajectory]) -> tuple[Batch, Sequence[Trajectory]]:
+        """The batch and the replay as a PRM reads them: it takes text only (algorithms.md 1.9), pictures in words.
+
+        Raises:
+            DataError: a picture that nothing describes.
+        """
+        if not any(turn.prompt_images for t in (*batch.trajectories, *replay) for turn in t.turns):
+            return batch, replay
+        for t in batch.trajectories:
+            for number, turn in enumerate(t.turns):
+                if turn.prompt_images and not text_of(turn.observation).strip():
+                    raise DataError(
+                        f"trajectory {t.id}, turn {number}: the PRM reads text only, and environment {t.env!r} showed "
+                        "a picture without words; put a TextPart beside it, or give image_part(pixels, alt=...)"
+                    )
+        words = build_batch([in_words(t) for t in batch.trajectories], device=batch.device)
+        return words, [in_words(t) for t in replay]
 
     def _start(self, path: str | None, model: Any) -> Any:
         if path is None:

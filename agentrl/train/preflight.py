@@ -27,15 +27,17 @@ def check_task(config: RunConfig) -> None:
     method, options = load_credit(config.credit.method, config.credit.options)
     if config.rollout.group_size == 1 and method.group_relative:
         raise UserError(
-            f"rollout.group_size=1 with credit.method={method.name}: a group of one has no baseline, every advantage "
-            "would be 0; set rollout.group_size to 2 or more"
+            f"rollout.group_size=1 with credit.method={method.name}: a group of one has no baseline: no "
+            "outcome could be told good or bad; set rollout.group_size to 2 or more"
         )
+    if method.check is not None:
+        method.check(config)
     needs = method.needs_of(options)
     if "turn_scores" in needs and config.prm.served_url is None:
         raise UserError(f"credit.method={method.name} wants scores of a served PRM: set prm.served_url")
     env = config.env
     for kwargs in (env.kwargs, {**env.kwargs, **env.eval_kwargs}):
-        made = make(env.id, max_turns=env.max_turns, **kwargs)
+        made = make(env.id, max_turns=env.max_turns, wrappers=env.wrappers, **kwargs)
         try:
             if kwargs is env.kwargs:
                 check_provides(made, needs, f"credit.method={method.name}")

@@ -22,6 +22,7 @@ from agentrl.config.schema import parse_history
 from agentrl.errors import DataError, NonFiniteError
 from agentrl.models.chat import ChatCodec
 from agentrl.models.load import load_model, load_tokenizer, save_model
+from agentrl.models.vision import reader_of
 from agentrl.rollout.context import ContextBuilder
 from agentrl.types import Trajectory, Turn
 
@@ -44,6 +45,7 @@ def tokenise(trajectory: Trajectory, chat: ChatCodec, history: str) -> Trajector
             turn.model_copy(
                 update={
                     "prompt_ids": prompt.prompt_ids,
+                    "prompt_images": prompt.prompt_images,
                     "new_row": prompt.new_row,
                     "action_ids": ids,
                     "action_logprobs": [0.0] * len(ids),
@@ -128,8 +130,8 @@ def sft(
         torch.set_num_threads(threads)
     episodes = demonstrations(data, only_success=only_success)
     tokenizer = load_tokenizer(model)
-    chat = ChatCodec(tokenizer)
     lm = load_model(model, train=True)
+    chat = ChatCodec(tokenizer, images=reader_of(lm))
     episodes = [tokenise(t, chat, history) for t in episodes]
     plan = _plan(episodes, epochs, batch_tokens, seed)
     losses, tokens = _fit(lm, episodes, plan, lr, batch_tokens, max_seconds, started, on_step)

@@ -249,13 +249,16 @@ class Trainer:
         rate = learning_rate(config, self.iteration, self.config.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        token = advantage.token
+        if config.unit_advantage and batch.index.K > 1:
+            token = token / (token.std() or 1.0)
         penalty = config.invalid_action_penalty * invalid_turns(batch.trajectories)
         trained = trainable(batch.trajectories, config.overlong_filter)
         metrics |= update_policy(
             self.model,
             self.optimizer,
             batch,
-            advantage.token - penalty[batch.index.turn_of_token].float(),
+            token - penalty[batch.index.turn_of_token].float(),
             config,
             temperature=self.config.rollout.temperature,
             reference=signals.reference_logprob,

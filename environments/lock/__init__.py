@@ -7,4 +7,5 @@ register(
     "environments.lock.env:LockEnv",
     max_turns=18,
     summary="open a combination lock symbol by symbol; a wrong one sets back",
+    agents={"random": "random", "naive": ("lock-noisy-solver", {"skill": 0.5}), "expert": "lock-solver"},
 )

@@ -83,6 +83,7 @@ class LockEnv(TextEnv):
         self.alphabet, self.length = _LETTERS[:symbols], length
         self.on_error, self.hidden, self.split, self.reward = on_error, hidden, split, reward
         self.code = None if code is None else self._checked(code)
+        self.single_task = code is not None
         self.render_mode = render_mode
         if code is None:
             first = islice(product(self.alphabet, repeat=length), _CERTAIN)

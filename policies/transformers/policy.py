@@ -15,6 +15,7 @@ from agentrl.errors import PolicyFailure, UserError
 from agentrl.models.attention import check_ragged
 from agentrl.models.chat import ChatCodec
 from agentrl.models.load import fingerprint, load_model, load_tokenizer
+from agentrl.models.vision import check_visual, reader_of
 from agentrl.policy import ModelPolicy, PolicyAction, PolicyRequest
 from policies.transformers.sampler import Aborted, Sampler, to_action
 
@@ -56,9 +57,11 @@ class TransformersPolicy(ModelPolicy):
         else:
             self.name = "transformers"
         check_ragged(model)
+        if (reader := reader_of(model)) is not None:
+            check_visual(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.chat = ChatCodec(tokenizer)
+        self.chat = ChatCodec(tokenizer, images=reader)
         self.version = 0
         self.sampler = Sampler(model, self.chat.stop_ids, prefill_budget=prefill_budget)
         # One thread: the engine answers one batch at a time, while environments go on in the event loop.

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from agentrl.models.attention import lm_logits, precision, run_ragged
+from agentrl.models.vision import rope_positions, run_visual
 from agentrl.policy import PolicyAction, PolicyRequest
 from policies.transformers.cache import SlotCache, SlotPlan
 
@@ -82,6 +84,7 @@ class Sampler:
         logprobs: list[list[float]] = [[] for _ in requests]
         limit = [request.sampling.max_new_tokens for request in requests]
         length = [len(request.context_ids or ()) for request in requests]
+        shift = self._shift(requests)
         open_ = list(range(len(requests)))
         for step in range(max(limit)):
             tokens, logps = draw(logits, open_, step)
@@ -97,10 +100,11 @@ class Sampler:
                 self.cache, [slots[i] for i in open_], [length[i] + step for i in open_], [1] * len(open_), self.device
             )
             last = torch.tensor([ids[i][-1] for i in open_], device=self.device)
-            logits = lm_logits(self.model, run_ragged(self.model, last, plan.positions, plan))
+            positions = plan.positions if shift is None else plan.positions + shift[open_]
+            logits = lm_logits(self.model, run_ragged(self.model, last, positions, plan))
         for request, new in zip(requests, ids, strict=True):
             # The last sampled token has no keys yet: it is prefilled with the next turn's observation.
-            self._cached[request.episode] = [*(request.context_ids or ()), *new[:-1]]
+            self._cached[request.episode] = [*_keys(request), *new[:-1]]
             self.sampled_tokens += len(new)
         return [(i, p, i[-1] in self.stop_ids) for i, p in zip(ids, logprobs, strict=True)]
 
@@ -114,7 +118,7 @@ class Sampler:
         past, new = [], []
         for request in requests:
             context = request.context_ids or []
-            shared = _common_prefix(self._cached.get(request.episode, []), context)
+            shared = _common_prefix(self._cached.get(request.episode, []), _keys(request))
             # At least one token must be read to have logits.
             past.append(min(shared, len(context) - 1))
             new.append(context[past[-1] :])
@@ -133,7 +137,11 @@ class Sampler:
             counts = [len(new[i]) for i in part]
             plan = SlotPlan(self.cache, [slots[i] for i in part], [past[i] for i in part], counts, self.device)
             flat = torch.tensor([token for i in part for token in new[i]], device=self.device)
-            hidden = run_ragged(self.model, flat, plan.positions, plan)
+            read = [(requests[i], past[i]) for i in part]
+            if any(request.context_images for request, _ in read):
+                hidden = self._see(flat, plan, read)
+            else:
+                hidden = run_ragged(self.model, flat, plan.positions, plan)
             ends = torch.tensor(counts, device=self.device).cumsum(0) - 1
             logits = lm_logits(self.model, hidden[ends])
             if out is None:
@@ -143,6 +151,27 @@ class Sampler:
             start = stop
         assert out is not None
         return out
+
+    def _see(self, flat: Tensor, plan: SlotPlan, read: Sequence[tuple[PolicyRequest, int]]) -> Tensor:
+        """One pass over the new tokens of requests with pictures; `read`: each with its number of cached tokens."""
+        positions, spans, offset = [], [], 0
+        for request, past in read:
+            ids = request.context_ids or []
+            positions.append(rope_positions(self.model, ids, request.context_images)[:, past:])
+            spans += [span.moved(offset - past) for span in request.context_images if span.start >= past]
+            offset += len(ids) - past
+        return run_visual(self.model, flat, torch.cat(positions, dim=1), plan, spans)
+
+    def _shift(self, requests: Sequence[PolicyRequest]) -> Tensor | None:
+        """(n,) what sampled tokens' rotary positions have over their places; None without pictures."""
+        if not any(request.context_images for request in requests):
+            return None
+        last = [
+            int(rope_positions(self.model, request.context_ids or [], request.context_images)[:, -1].max()) + 1
+            for request in requests
+        ]
+        places = [len(request.context_ids or ()) for request in requests]
+        return torch.tensor(last, device=self.device) - torch.tensor(places, device=self.device)
 
 
 class _Draw:
@@ -206,6 +235,16 @@ def uniforms(seeds: np.ndarray, counter: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _keys(request: PolicyRequest) -> list[int]:
+    """The ids of a context with a picture's own number for each of its placeholders, which are all the same id."""
+    keys = list(request.context_ids or ())
+    for span in request.context_images:
+        # Negative numbers are no ids; one number for the whole span, so that a prefix ends before a picture or after.
+        number = -1 - int(hashlib.sha256(span.image.path.encode()).hexdigest()[:15], 16)
+        keys[span.start : span.start + span.length] = [number] * span.length
+    return keys
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

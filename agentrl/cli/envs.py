@@ -1,0 +1,227 @@
+"""``agentrl envs``, ``check-env`` and ``new-env``: find an environment, prove one, begin one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from agentrl.cli.common import EnvArg, EpisodeProgress, assignments, check_output, console, errors, table
+from agentrl.cli.listing import signature
+from agentrl.errors import AgentRLError, UserError
+
+if TYPE_CHECKING:
+    from agentrl.envs.check import Check
+    from agentrl.evaluate.environments import AgentStats
+
+EXIT_FAILED = 1
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `envs`, `check-env` and `new-env`."""
+    app.command("envs")(envs)
+    app.command("check-env")(check_env)
+    app.command("new-env")(new_env)
+
+
+def envs(
+    env: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ENV]...", help="Show these: arguments, instructions and first view.", show_default=False
+        ),
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Play the scripted agents and show how they fare (of all, or of ENV).")
+    ] = False,
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="With --stats: episodes of each agent.")] = 200,
+    out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="With --stats: write the numbers as JSON.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="DIR", help="With --stats: count tokens with this model's tokenizer."),
+    ] = None,
+) -> None:
+    """List the environments, show some, or measure them.
+
+    Example:  [b]agentrl envs Sokoban-v0[/b]
+    """
+    from agentrl.envs import environment_ids
+    from agentrl.envs.registry import load_plugins
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken plugins are listed below
+        broken = load_plugins()
+    if stats:
+        _show_stats(env or list(environment_ids()), episodes, out, model)
+        return
+    if out is not None or model is not None:
+        raise UserError("--json and --model go with --stats")
+    for env_id in env or ():
+        _show_environment(env_id)
+    if not env:
+        _list_environments(broken)
+
+
+def check_env(
+    env: Annotated[str, typer.Argument(metavar="ENV", help="Environment id, or module:Id-v0.")],
+    env_arg: EnvArg = None,
+    actions: Annotated[int, typer.Option(metavar="N", min=1, help="Random and hostile actions to survive.")] = 1000,
+    seeds: Annotated[int, typer.Option(metavar="N", min=2, help="Seeds whose episodes are compared.")] = 5,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")] = None,
+) -> None:
+    """Prove that an environment keeps the contract; a failed check says how to mend it (exit code 1).
+
+    Example:  [b]agentrl check-env Lock-v0 --env-arg length=4[/b]
+    """
+    from agentrl.envs.check import check_env as run
+
+    if out is not None:
+        check_output(out)
+    report = run(
+        env, kwargs=assignments(env_arg, "--env-arg"), seeds=range(seeds), actions=actions, on_check=_show_check
+    )
+    if out is not None:
+        out.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    failed = sum(not check.passed for check in report.checks)
+    if failed:
+        console.print(Text(f"{failed} of {len(report.checks)} checks failed", style="bold red"))
+        raise typer.Exit(EXIT_FAILED)
+    console.print(Text(f"{env} passes all {len(report.checks)} checks", style="bold green"), soft_wrap=True)
+
+
+def new_env(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it, for instance treasure-hunt.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")] = Path("."),
+) -> None:
+    """Write a small working environment and its test, to make your own out of.
+
+    Example:  [b]agentrl new-env treasure-hunt[/b]
+    """
+    from agentrl.envs.scaffold import new_environment
+
+    made = new_environment(name, out)
+    where = "" if out == Path(".") else f"cd {out} && "
+    console.print(f"{made.module}\n{made.test}", highlight=False, soft_wrap=True)
+    for command in (f"agentrl check-env {made.env_id}", f"pytest {made.test.name}"):
+        console.print(f"{where}python -m {command}", style="cyan", highlight=False, soft_wrap=True)
+
+
+def _show_check(check: Check) -> None:
+    verdict, _, rest = str(check).partition(" ")
+    line = Text(verdict, style="green" if check.passed else "bold red")
+    console.print(line.append(f" {rest}", style="default not bold"), soft_wrap=True)
+
+
+def _list_environments(broken: dict[str, str]) -> None:
+    import gymnasium as gym
+
+    from agentrl.envs import environment_ids
+
+    listing = Table(title="Environments", title_justify="left", title_style="bold")
+    listing.add_column("id", style="cyan", no_wrap=True)
+    listing.add_column("what the agent does")
+    listing.add_column("turn limit", justify="right")
+    for env_id, summary in environment_ids().items():
+        limit = gym.registry[env_id].max_episode_steps
+        listing.add_row(env_id, Text(summary), "none" if limit is None else str(limit))
+    console.print(listing)
+    for name, reason in broken.items():
+        errors.print(Text(f"plugin {name!r} could not be loaded: {reason}", style="yellow"), soft_wrap=True)
+
+
+def _show_environment(env_id: str) -> None:
+    from agentrl.envs import environment_ids, make
+    from agentrl.envs.registry import scripted_agents
+    from agentrl.types import text_of
+
+    world = make(env_id)
+    observation, _ = world.reset(seed=0)
+    base: Any = world.unwrapped
+    limit = None if world.spec is None else world.spec.max_episode_steps
+    agents = [f"{role}: {_called(agent)}" for role, agent in scripted_agents(env_id).items()]
+    rows = [
+        ("what the agent does", environment_ids().get(env_id.rpartition(":")[2], "")),
+        ("turn limit", limit),
+        ("arguments (--env-arg)", signature(type(base), leave_out=("render_mode",))),
+        ("scripted agents", "\n".join(agents)),
+    ]
+    console.print(table(env_id, rows))
+    if instructions := getattr(base, "instructions", ""):
+        console.print(Panel(Text(instructions.strip()), title="instructions", title_align="left"))
+    console.print(Panel(Text(text_of(observation)), title="first observation of seed 0", title_align="left"))
+    world.close()
+
+
+def _called(agent: Any) -> str:
+    """Returns the options of `collect` and `eval` that name an agent's policy."""
+    return " ".join([agent.policy, *(f"--policy-arg {key}={value}" for key, value in agent.options.items())])
+
+
+def _show_stats(env_ids: list[str], episodes: int, out: Path | None, model: str | None) -> None:
+    if out is not None:
+        check_output(out)
+    count = None if model is None else _tokenizer(model)
+    measured, left_out = [], []
+    for env_id in env_ids:
+        stats, problems = _measure(env_id, episodes, count)
+        measured += stats
+        left_out += problems
+    unit = "words" if count is None else "tokens"
+    shown = Table(title=f"{episodes} episodes of each agent", title_justify="left", title_style="bold")
+    for name in ("env", "agent", "success (95 %)", "outcome (95 %)"):
+        shown.add_column(name, style="cyan" if name == "env" else None)
+    for name in ("turns", "characters", unit, "steps/s"):
+        shown.add_column(name, justify="right")
+    for s in measured:
+        rate = f"{s.success.value:.1%} [{s.success.low:.1%}, {s.success.high:.1%}]"
+        length = s.words if s.tokens is None else s.tokens
+        numbers = (f"{s.turns:.1f}", f"{s.characters:.0f}", f"{length:.1f}", f"{s.steps_per_second:,.0f}")
+        shown.add_row(s.env, s.role, rate, str(s.outcome), *numbers)
+    console.print(shown)
+    console.print(f"characters and {unit} are means over observations; steps/s is the environment alone", style="dim")
+    for problem in left_out:
+        errors.print(Text(problem, style="yellow"), soft_wrap=True)
+    if out is not None:
+        report = {"episodes": episodes, "agents": [s.model_dump() for s in measured], "left_out": left_out}
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(env_id: str, episodes: int, tokens: Callable[[str], int] | None) -> tuple[list[AgentStats], list[str]]:
+    """Returns the numbers of an environment's agents, and what could not be measured."""
+    from agentrl.envs import make
+    from agentrl.envs.registry import scripted_agents
+    from agentrl.evaluate.environments import agent_stats
+
+    try:
+        make(env_id).close()  # says what to install where an extra is missing; module:Id is registered by it
+    except UserError as error:
+        return [], [f"{env_id}: {error}"]
+    stats: list[AgentStats] = []
+    agents = scripted_agents(env_id)
+    problems = [] if agents else [f"{env_id}: registered without scripted agents"]
+    for role in agents:
+        with EpisodeProgress(f"{env_id}, {role}", episodes) as progress:
+            try:
+                stats.append(agent_stats(env_id, role, episodes=episodes, tokens=tokens, on_episode=progress))
+            except AgentRLError as error:
+                problems.append(f"{env_id}, {role}: {error}")
+    return stats, problems
+
+
+def _tokenizer(model: str) -> Callable[[str], int]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: no tokenizer can be loaded from it: {error}") from error
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -110,17 +110,19 @@ def read_page(observation: str, buttons: Sequence[str]) -> Page:
 
 
 def _read_short(observation: str) -> Page:
-    first, *lines, last = observation.splitlines()
+    first, *lines = observation.splitlines()
     goal = Goal(first.split()[1:], {}, float("inf"), "")
-    goal.options = {value: value for value in re.findall(r"\[(.*?)\]", last)}
+    if lines and lines[0].startswith("with "):
+        lines.pop(0)
     if lines and lines[0].startswith("under "):
         goal.limit = float(lines.pop(0).split()[1])
     if not lines:
         return Page("search", goal, short=True)
-    if lines[0].startswith("page "):
-        rows = [line.split() for line in lines[1:] if not line.endswith(" seen")]
+    if lines[-1].startswith("page "):
+        rows = [line.split() for line in lines[:-1] if not line.endswith(" seen")]
         items = [(row[0], " ".join(row[1:-1]), float(row[-1])) for row in rows]
-        return Page("results", goal, items=items, more=lines[0].endswith("more"), short=True)
+        return Page("results", goal, items=items, more=lines[-1].endswith("more"), short=True)
+    goal.options = {value: value for value in re.findall(r"\[(.*?)\]", lines[-1])}
     return Page("item", goal, lines[0], short=True)
 
 
@@ -235,7 +237,8 @@ class ExpertPolicy(Policy):
         """Returns the values to choose, and whether one that the instruction names is not to be had."""
         goal = page.goal
         if page.short:
-            wanted = [value for value in goal.options if value in buttons]
+            # The last one first: next to the answer, it is what a small model finds soonest.
+            wanted = [value for value in reversed(goal.options) if value in buttons]
             return wanted, len(wanted) < len(goal.options)
         wanted = []
         for name, values in page.options:

@@ -179,6 +179,8 @@ class WebShopEnv(TextEnv):
 
     def on_invalid(self, error: ActionError) -> Step:
         observation, reward, terminated, _ = super().on_invalid(error)
+        if self.observation == "short":  # an error line is more than a tiny model has learnt to read
+            observation = self._last
         return observation, reward, terminated, self._info()
 
     def _click(self, what: str) -> None:
@@ -251,14 +253,14 @@ class WebShopEnv(TextEnv):
             return pages.to_text(self._segments())
         if self.observation == "text_rich":
             return pages.to_rich_text(self._segments())
-        lines: list[str] = []
+        lines = pages.short_goal(self._goal)
         if self._page == "results":
             products = [self.shop.products[hit] for hit in self._shown_hits()]
             last = self._at * self.page_size >= len(self._hits)
-            lines = pages.short_results(products, self._at, last, self._visited)
+            lines += pages.short_results(products, self._at, last, self._visited)
         elif self._page == "item":
-            lines = pages.short_item(self._product, self._chosen)
-        return pages.short_page(self._goal, self._chosen.values(), lines)
+            lines += pages.short_item(self._product, self._goal, self._chosen.values())
+        return "\n".join(lines)
 
     def _info(self, *, over: bool = False) -> dict[str, Any]:
         clickables = [] if over else [*self._targets()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from environments.webshop.goods import NO_LIMIT, Goal, Product
@@ -96,16 +96,14 @@ def band(price: float) -> int:
     return math.ceil(price / 10)
 
 
-def short_page(goal: Goal, chosen: Iterable[str], page: Sequence[str]) -> str:
-    """Returns a short page: what to find, the limit in tens of dollars, the lines of `page`, what is left to choose.
-
-    The last line holds the goal's options that are not yet among `chosen`, in brackets.
-    """
+def short_goal(goal: Goal) -> list[str]:
+    """Returns the first lines of every short page: what to find, its options, the limit in tens of dollars."""
     lines = ["want " + " ".join([goal.query, *goal.attributes])]
+    if goal.goal_options:
+        lines.append("with " + " ".join(goal.goal_options))
     if goal.price_upper < NO_LIMIT:
         lines.append(f"under {band(goal.price_upper)}")
-    missing = " ".join(f"[{value}]" for value in goal.goal_options if value not in chosen)
-    return "\n".join([*lines, *page, f"choose {missing}" if missing else "choose nothing"])
+    return lines
 
 
 def short_query(goal: Goal) -> str:
@@ -114,22 +112,29 @@ def short_query(goal: Goal) -> str:
 
 
 def short_results(products: Sequence[Product], number: int, last: bool, visited: set[str]) -> list[str]:
-    """Returns a line for each result: letter, kind, attributes, price in tens of dollars (rounded up).
+    """Returns a line for each result: letter, kind, attributes, price in tens of dollars (rounded up); then the page.
 
     One that was visited is only ``seen``: the page then says what is left to do, without a memory.
     """
-    lines = [f"page {number}{'' if last else ' more'}"]
+    lines = []
     for letter, product in zip(LETTERS, products, strict=False):
         told = f"{' '.join([product.query, *product.attributes])} {band(product.price)}"
         lines.append(f"{letter} {'seen' if product.asin in visited else told}")
-    return lines
+    return [*lines, f"page {number}{'' if last else ' more'}"]
 
 
-def short_item(product: Product, chosen: dict[str, str]) -> list[str]:
-    """Returns the lines of a product: what it is, its options, and those chosen."""
-    lines = [f"item {' '.join([product.query, *product.attributes])} {band(product.price)}"]
-    lines += [f"{name} {' '.join(values)}" for name, values in product.options.items()]
-    return [*lines, " ".join(["have", *chosen.values()])]
+def short_item(product: Product, goal: Goal, chosen: Collection[str]) -> list[str]:
+    """Returns the lines of a product: what it is, its options, those chosen, and last what is left to do.
+
+    That is ``choose [red] [small]``, the goal's options that are not yet chosen, or ``ready``.
+    """
+    missing = " ".join(f"[{value}]" for value in goal.goal_options if value not in chosen)
+    return [
+        f"item {' '.join([product.query, *product.attributes])} {band(product.price)}",
+        *(f"{name} {' '.join(values)}" for name, values in product.options.items()),
+        " ".join(["have", *chosen]),
+        f"choose {missing}" if missing else "ready",
+    ]
 
 
 def _head(instruction: str) -> list[Segment]:

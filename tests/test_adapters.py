@@ -368,9 +368,9 @@ class Echo(gym.Env[str, str]):
 
 @pytest.fixture
 def echo() -> Iterator[str]:
-    gym.register("Echo-v0", Echo, max_episode_steps=3)
-    yield "Echo-v0"
-    del gym.registry["Echo-v0"]
+    gym.register("PlainEcho-v0", Echo, max_episode_steps=3)
+    yield "PlainEcho-v0"
+    del gym.registry["PlainEcho-v0"]
 
 
 def parrot(observation: str) -> str:

@@ -176,7 +176,8 @@ def test_prpo_golden(golden, layout, scores, key, options):
     index, tokens = signals.index, flat(lengths)
     logit = [math.log(p / (1 - p)) * 0.5 / n for p, n in zip(score, tokens, strict=True) for _ in range(n)]
     signals = dataclasses.replace(signals, token_reward=torch.tensor(logit, dtype=torch.float64))
-    ours = run("prpo", {"scores": scores, "temperature": 0.5, **options}, signals)
+    squash = {"temperature": 0.5} if scores == "prm" else {}
+    ours = run("prpo", {"scores": scores, **squash, **options}, signals)
     whole = expected["advantage"] if isinstance(expected, dict) else expected
     close(ours.token, [a for a, n in zip(flat(whole), tokens, strict=True) for _ in range(n)])
     if isinstance(expected, dict):

@@ -23,6 +23,7 @@ from agentrl.cli import app
 from agentrl.cli.reference import docstrings, reference
 from agentrl.config import RunConfig, load_config
 from agentrl.credit import credit_methods, load_credit
+from agentrl.credit.registry import _METHODS
 from agentrl.envs import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     registry.load_plugins()
     modules, environments, ours = set(sys.modules), dict(gym.registry), dict(registry._OURS)
+    methods = dict(_METHODS)
     yield tmp_path
+    _METHODS.clear()
+    _METHODS.update(methods)
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]

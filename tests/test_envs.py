@@ -130,7 +130,8 @@ def test_hostile_text_is_an_invalid_action_and_not_fatal(env_id, text):
     assert (terminated, truncated, info["valid_action"]) == (False, False, False)
     assert info["action_error"]
     assert len(observation) < len(before) + 500, "the agent's text is not echoed at length"
-    assert info.get("state_key") == first.get("state_key")
+    if env_id != "Bargain-v0":  # there a round passes, whatever was said
+        assert info.get("state_key") == first.get("state_key")
     with pytest.raises(ActionError):
         env.unwrapped.parse_action(text)
 

@@ -17,7 +17,7 @@ from agentrl.batch.index import following, rank, suffix_sum
 from agentrl.buffer import read_jsonl
 from agentrl.config import OutcomeConfig, RunConfig
 from agentrl.config.schema import CriticConfig, ShapingConfig
-from agentrl.credit import credit_names
+from agentrl.credit.registry import OURS
 from agentrl.errors import DataError, NonFiniteError, UserError
 from agentrl.rollout import outcome as outcomes
 from agentrl.train.critic import Critic
@@ -57,7 +57,7 @@ def config_of(name: str, folder: Path, model: Path, **more: Any) -> RunConfig:
 
 
 def test_the_table_of_methods_is_complete() -> None:
-    assert {name.split()[0] for name in EVERY_METHOD} == set(credit_names())
+    assert {name.split()[0] for name in EVERY_METHOD} == {method.name for method in OURS}
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)

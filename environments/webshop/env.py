@@ -17,8 +17,8 @@ from environments.webshop.shop import Shop, ShopSettings, Split, check_split, lo
 
 MOST_RESULTS = 50
 """Hits of one search, as in the original."""
-_LONGEST_QUERY = 500
-_ACTION = re.compile(r"\s*(search|click)\s*\[(.+)\]\s*", re.DOTALL | re.IGNORECASE)
+_LONGEST_QUERY, _LONGEST_ACTION = 500, 2000
+_ACTION = re.compile(r"(search|click)\s*\[(.+)\]", re.DOTALL | re.IGNORECASE)
 _PARTS = (
     *("r_type", "query_match", "category_match", "title_score"),
     *("r_att", "w_att", "r_option", "w_option", "r_price", "w_price"),
@@ -142,12 +142,11 @@ class WebShopEnv(TextEnv):
         Raises:
             ActionError: anything else, a search without search bar, or a click on what is not there.
         """
-        bare = _unwrapped(text)
-        match = _ACTION.fullmatch(bare)
-        if match:
+        bare = _unwrapped(text).strip()
+        if match := _ACTION.fullmatch(bare[:_LONGEST_ACTION]):
             name, argument = match[1].lower(), match[2].strip()
         elif self.observation == "short":
-            first, _, rest = bare.strip().partition(" ")
+            first, _, rest = bare.partition(" ")
             name, argument = ("search", rest or pages.short_query(self._goal)) if first == "search" else ("click", bare)
         else:
             raise ActionError("answer with search[words] or click[text]")

@@ -192,7 +192,7 @@ class Lab(Trainer):
         tasks = {f"{t.seed}": self.tables[f"{t.seed}"] for t in trajectories}
         known = (self.iteration, *sorted(tasks))
         if self.exact is None or self.exact[0] != known:  # resamples play the same tasks with the same policy
-            values = ExactValues(
+            made = ExactValues(
                 self.model,
                 self.policy.chat,  # type: ignore[attr-defined]
                 tasks,
@@ -200,7 +200,7 @@ class Lab(Trainer):
                 horizon=self.horizon,
                 temperature=self.config.rollout.temperature,
             )
-            self.exact = known, values
+            self.exact = known, made
         exact = self.exact[1]
         keys = iter(state_keys(trajectories))
         values = []

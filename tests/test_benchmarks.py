@@ -138,3 +138,20 @@ def test_peak_memory_sees_what_was_freed_again(load):
         pytest.skip("this system does not tell")
     torch.ones(16 << 20).sum()  # 64 MiB
     assert memory.megabytes() > 60
+
+
+def test_the_iteration_benchmark_gives_every_method_the_same_episodes(load, tmp_path, capsys):
+    file = tmp_path / "iteration.json"
+    root = BENCHMARKS.parent
+    small = ["rollout.groups=1", "rollout.group_size=2", "env.max_turns=2", "env.kwargs.max_solution=2"]
+    options = ["--config", f"{root}/configs/sokoban_oprl.yaml", "--suite", f"{root}/benchmarks/suite.yaml"]
+    arguments = [*options, "--method", "oprl", "--method", "spro", "--repeat", "1", "--json", str(file), *small]
+    result = load("iteration").main(arguments)
+    assert list(result["methods"]) == ["grpo", "oprl", "spro"]
+    assert result["methods"]["grpo"]["ratio"] == 1
+    assert result["methods"]["oprl"]["seconds"]["prm"] > result["methods"]["grpo"]["seconds"]["prm"]
+    assert {m["seconds"]["generation"] for m in result["methods"].values()} == {
+        result["methods"]["grpo"]["seconds"]["generation"]
+    }
+    assert json.loads(file.read_text()) == result
+    assert "of grpo" in capsys.readouterr().out

@@ -78,11 +78,15 @@ def test_reinforce_pp_golden(golden, layout, gamma):
 
 
 @BOTH
-def test_reinforce_pp_baseline_golden(golden, layout):
+@pytest.mark.parametrize("singleton", ["zero", "raw"])
+def test_reinforce_pp_baseline_golden(golden, layout, singleton):
     section = golden["reinforce_pp"]
     signals = signals_of(layout(episodes_of(TURNS, [1, 0, 2.5], section["inputs"]["index"])))
-    expected = section["outputs"]["baseline_variant_singleton_zero"]
-    close(run("reinforce_pp_baseline", {}, signals).token, masked(expected, section["inputs"]["mask"]))
+    expected = section["outputs"][f"baseline_variant_singleton_{singleton}"]
+    close(
+        run("reinforce_pp_baseline", {"singleton": singleton}, signals).token,
+        masked(expected, section["inputs"]["mask"]),
+    )
 
 
 @BOTH
@@ -135,6 +139,17 @@ def test_prime_batch_norm_golden(golden):
     ratio = torch.tensor(flat(section["inputs"]["log_ratio_tokens"]), dtype=torch.float64)
     expected = section["outputs"]["batch_norm_scaled_log_ratio"]
     close(batch_normed(index, ratio), flat(row[:n] for row, n in zip(expected, [3, 2, 4], strict=True)))
+
+
+@BOTH
+def test_prpo_average_baseline_golden(golden, layout):
+    inputs = golden["prpo"]["inputs"]
+    lengths = [[1 + j for j in range(len(row))] for row in inputs["segment_prm_scores"]]
+    made = layout(episodes_of(lengths, inputs["outcome"], "aaaa"))
+    signals = signals_of(made, turn_score=flat(inputs["segment_prm_scores"]))
+    ours = run("prpo", {"scores": "served", "combine": "average"}, signals)
+    expected = torch.tensor(golden["prpo"]["outputs"]["prm_avg_baseline"])
+    close(ours.token, expected[signals.index.traj_of_token].tolist())
 
 
 def borders(entropy, **options):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from agentrl.batch import Index, build_batch
 from agentrl.credit import Signals, load_credit
 from agentrl.credit.gigpo import anchor_groups
+from agentrl.credit.oprl import step_rewards
 from agentrl.errors import ConfigError
 
 SEEDS = st.integers(0, 10**6)
@@ -60,6 +61,47 @@ def test_oprl_merged_ablation(golden, layout):
     advantage = assign("oprl", {"combine": "merged"}, signals)
     close(advantage.token, expected[signals.index.traj_of_token])
     assert torch.all(advantage.step == 0)
+
+
+RELEASED = {"step_unit": "largest_return", "step_pool": "first_turns"}
+
+
+@layouts
+def test_oprl_as_released_with_rloo(golden, layout):
+    """Also its merged rewards: as RLOO is linear, R + r through RLOO is the sum of both terms (algorithms.md 1.6)."""
+    signals, expected = oprl_signals(golden["oprl"], layout), golden["oprl"]["outputs"]
+    advantage = assign("oprl", {"episode": "rloo", "step_norm": "loo_step", **RELEASED}, signals)
+    close(advantage.step, expected["code_A_S_rloo_first_row_baseline"])
+    turns = advantage.episode + advantage.step
+    close(turns, expected["code_A_rloo"])
+    close(turns, expected["ablation_merged_adv_code"])
+
+
+@layouts
+def test_oprl_as_released_with_grpo(golden, layout):
+    signals, expected = oprl_signals(golden["oprl"], layout), golden["oprl"]["outputs"]
+    advantage = assign("oprl", RELEASED, signals)
+    close(advantage.episode + advantage.step, expected["code_A_grpo_mean_std_first_row"])
+
+
+@layouts
+def test_oprl_step_unit_of_the_released_code(golden, layout):
+    signals = oprl_signals(golden["oprl"], layout)
+    options = load_credit("oprl", {"step_unit": "largest_return"})[1]
+    close(step_rewards(signals, options), golden["oprl"]["outputs"]["code_rm_scores_batch_norm"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_pool": "first_turns", "step_norm": "rank"},
+        {"step_pool": "first_turns", "granularity": "token"},
+        {"step_unit": "largest_return", "granularity": "token"},
+    ],
+)
+def test_oprl_refuses_released_forms_that_have_no_meaning(options):
+    with pytest.raises(ConfigError):
+        load_credit("oprl", options)
 
 
 def spro_signals(ratio, outcome, made):

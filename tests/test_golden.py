@@ -35,7 +35,9 @@ def close(ours, theirs):
         ("grpo", "trl_std_ddof1_eps1e-4_singleton_zero", {"eps": 1e-4}),
         ("grpo", "batch_std_ddof1_eps1e-4", {"scale": "batch", "eps": 1e-4}),
         ("grpo", "dr_grpo_no_std_singleton_zero", {"scale": False}),
+        ("grpo", "verl_std_ddof1_eps1e-6_singleton_raw", {"singleton": "raw"}),
         ("rloo", "loo_singleton_zero", {}),
+        ("rloo", "verl_loop_singleton_raw", {"singleton": "raw"}),
     ],
 )
 def test_outcome_advantages(golden, section, key, options):

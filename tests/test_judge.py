@@ -278,6 +278,8 @@ def test_soft_overlong_punishment(golden: dict[str, Any]) -> None:
     inputs, outputs = golden["dapo"]["inputs"], golden["dapo"]["outputs"]
     config = ShapingConfig(overlong_tokens=inputs["L_max"], overlong_cache=inputs["L_cache"])
     assert (-overlong_penalty(torch.tensor(inputs["lengths"]), config)).tolist() == outputs["soft_overlong"]
+    verl = config.model_copy(update={"overlong_unbounded": True})
+    assert (-overlong_penalty(torch.tensor(inputs["lengths"]), verl)).tolist() == outputs["verl_overlong"]
     hard = ShapingConfig(overlong_tokens=100, overlong_penalty=2.0)
     assert overlong_penalty(torch.tensor([99, 100, 101]), hard).tolist() == [0, 0, 2]
 

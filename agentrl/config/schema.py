@@ -130,6 +130,8 @@ class ShapingConfig(Section):
     """Action tokens below `overlong_tokens` over which the penalty grows from 0 (L_cache)."""
     overlong_penalty: float = Field(default=1.0, ge=0)
     """The whole penalty, in outcome units."""
+    overlong_unbounded: bool = False
+    """The penalty goes on growing beyond `overlong_tokens` (verl's form) instead of staying whole (DAPO's Eq. 13)."""
     invalid_action_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the outcome for every turn whose text was no action, and from that turn's reward (OPRL: 0.1 where
     success pays 10). ``policy_update.invalid_action_penalty`` is the form that hits only the turn."""
@@ -138,6 +140,8 @@ class ShapingConfig(Section):
     def _cache_fits(self) -> ShapingConfig:
         if self.overlong_tokens is None and self.overlong_cache:
             raise ValueError("shaping.overlong_cache has no effect without shaping.overlong_tokens")
+        if self.overlong_unbounded and not self.overlong_cache:
+            raise ValueError("shaping.overlong_unbounded has no slope without shaping.overlong_cache")
         if self.overlong_tokens is not None and self.overlong_cache > self.overlong_tokens:
             raise ValueError(
                 f"shaping.overlong_cache={self.overlong_cache} is more than "

@@ -164,6 +164,8 @@ def _check_finite(signals: Signals) -> None:
 
 
 EpisodeEstimator = Literal["grpo", "rloo", "dr_grpo"]
+Singleton = Literal["zero", "raw"]
+"""What a group of one gets: 0, or its raw outcome (the form of verl, for comparison with runs made there)."""
 
 EPS = 1e-6
 """Added to standard deviations (algorithms.md 0.4), in the unit of what is divided."""
@@ -186,7 +188,13 @@ def leave_one_out(values: Tensor, owner: Tensor, size: int) -> Tensor:
 
 
 def episode_advantage(
-    index: Index, outcome: Tensor, estimator: EpisodeEstimator, *, ddof: int = 1, eps: float = EPS
+    index: Index,
+    outcome: Tensor,
+    estimator: EpisodeEstimator,
+    *,
+    ddof: int = 1,
+    eps: float = EPS,
+    singleton: Singleton = "zero",
 ) -> Tensor:
     """Returns (N,) float64: each trajectory's outcome against its group (algorithms.md 6).
 
@@ -201,6 +209,9 @@ def episode_advantage(
     else:
         # The mean of one is that one: a group of one gives 0 here as well.
         advantage = values - segment_mean(values, owner, size)[owner]
+    if singleton == "raw":
+        raw = values / (1 + eps) if estimator == "grpo" else values
+        advantage = torch.where(count(owner, size)[owner] == 1, raw, advantage)
     return torch.zeros(index.N, dtype=torch.float64).masked_scatter(acting, advantage)
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from agentrl.batch.index import segment_std
-from agentrl.credit.base import EPS, Advantage, CreditMethod, Options, Signals, broadcast, episode_advantage
+from agentrl.credit.base import EPS, Advantage, CreditMethod, Options, Signals, Singleton, broadcast, episode_advantage
 
 
 class GRPOOptions(Options):
@@ -25,15 +25,19 @@ class GRPOOptions(Options):
     """Of that standard deviation: 1 divides by n - 1."""
     eps: float = Field(default=EPS, ge=0)
     """Added to it, in outcome units (verl 1e-6, TRL 1e-4)."""
+    singleton: Singleton = "zero"
+    """What a group of one gets: 0, or (``raw``) its outcome, as in verl."""
 
 
 def grpo(signals: Signals, options: GRPOOptions) -> Advantage:
     """Returns the group-standardised outcome on every action token (K,)."""
     index = signals.index
     if options.scale in (True, "group"):
-        episode = episode_advantage(index, signals.outcome, "grpo", ddof=options.ddof, eps=options.eps)
+        episode = episode_advantage(
+            index, signals.outcome, "grpo", ddof=options.ddof, eps=options.eps, singleton=options.singleton
+        )
     else:
-        episode = episode_advantage(index, signals.outcome, "dr_grpo")
+        episode = episode_advantage(index, signals.outcome, "dr_grpo", singleton=options.singleton)
     if options.scale == "batch":
         acting = index.tokens_per_traj > 0
         one = torch.zeros(int(acting.sum()), dtype=torch.int64)

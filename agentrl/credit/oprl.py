@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from agentrl.batch.index import Index, segment_std, segment_sum
+from agentrl.batch.index import Index, count, segment_mean, segment_std, segment_sum, suffix_sum
 from agentrl.credit.base import (
+    EPS,
     Advantage,
     CreditMethod,
     EpisodeEstimator,
@@ -41,6 +42,9 @@ from agentrl.credit.step_norm import StepNorm, normalise
 Tensor = torch.Tensor
 
 
+_FIRST_TURNS = ("zscore", "loo_step")
+
+
 class OPRLOptions(Options):
     """Options of OPRL; the defaults are the paper's."""
 
@@ -51,9 +55,13 @@ class OPRLOptions(Options):
     step_norm: StepNorm = "zscore"
     """Eq. 4; or divided by the root mean square and not centred (right for rewards the PRM has centred already); or
     without the std, leave-one-step-out, leave-one-trajectory-out, or normal scores of the ranks."""
-    step_pool: Literal["group", "batch"] = "group"
+    step_pool: Literal["group", "batch", "first_turns"] = "group"
     """Whose turns make the pool R_s. ``batch``: one scale for all groups, so that noise is not blown up where the PRM
-    sees no difference."""
+    sees no difference. ``first_turns``: of each trajectory its first turn alone, as in the released code (which takes
+    the first of a shuffled batch; with ``zscore`` or ``loo_step``; for reproducing its numbers, not for use)."""
+    step_unit: Literal["reward", "largest_return"] = "reward"
+    """``largest_return``: step rewards divided by the batch's largest |return-to-go| + 1e-6 before all else, as in the
+    released code: A^S in [-1, 1] beside an A^E in outcome units."""
     ddof: int = 1
     """Of the standard deviations of both terms: 1 divides by n - 1."""
     std_floor: float = Field(default=1e-6, ge=0)
@@ -82,9 +90,13 @@ class OPRLOptions(Options):
             self._refuse("rewards=environment has no PRM", "skill_gate", "warmup_updates")
             self._refuse("rewards=environment gives one reward per turn", "granularity")
         if self.granularity == "token":
-            self._refuse("granularity=token rewards single tokens", "per_token")
+            self._refuse("granularity=token rewards single tokens", "per_token", "step_unit")
         if self.combine == "merged":
             self._refuse("combine=merged has no step advantage", "granularity", "step_norm", "step_pool", "clip")
+        if self.step_pool == "first_turns":
+            self._refuse("step_pool=first_turns is about turns", "granularity")
+            if self.step_norm not in _FIRST_TURNS:
+                raise ValueError(f"step_pool=first_turns needs step_norm {' or '.join(_FIRST_TURNS)}")
         return self
 
     def _refuse(self, why: str, *names: str) -> None:
@@ -105,6 +117,9 @@ def step_advantage(index: Index, step_reward: Tensor, options: OPRLOptions) -> T
     else:
         counted = index.tokens_per_turn > 0
         traj = index.traj_of_turn
+    if options.step_pool == "first_turns":
+        normal = first_turn_norm(index, step_reward, options)
+        return normal if options.clip is None else normal.clamp(-options.clip, options.clip)
     pool = index.group_of_traj[traj] if options.step_pool == "group" else torch.zeros_like(traj)
     normal = normalise(
         step_reward[counted],
@@ -119,6 +134,22 @@ def step_advantage(index: Index, step_reward: Tensor, options: OPRLOptions) -> T
     return torch.zeros(len(traj), dtype=torch.float64).masked_scatter(counted, normal)
 
 
+def first_turn_norm(index: Index, step_reward: Tensor, options: OPRLOptions) -> Tensor:
+    """Returns A^S (M,) float64 against the statistics of each trajectory's first acting turn (algorithms.md 1.6)."""
+    counted = (index.tokens_per_turn > 0).nonzero().squeeze(1)
+    traj = index.traj_of_turn[counted]
+    first = counted[torch.cat([torch.ones(1, dtype=torch.bool), traj[1:] != traj[:-1]])[: len(traj)]]
+    group, owner = index.group_of_traj[index.traj_of_turn], index.group_of_traj[index.traj_of_turn[first]]
+    size, spread = count(owner, index.G), segment_std(step_reward[first], owner, index.G, options.ddof)
+    centred = step_reward - segment_mean(step_reward[first], owner, index.G)[group]
+    if options.step_norm == "zscore":
+        normal = centred / (spread[group] + EPS)
+    else:
+        normal = centred * (size / (size - 1).clamp(min=1))[group]
+    applies = (index.tokens_per_turn > 0) & (spread[group] > options.std_floor)
+    return torch.where(applies, normal, 0.0)
+
+
 def step_rewards(signals: Signals, options: OPRLOptions) -> Tensor:
     """Returns r float64: of turns (M,), 0 without action tokens; of tokens (K,) with granularity ``token``."""
     index = signals.index
@@ -130,7 +161,12 @@ def step_rewards(signals: Signals, options: OPRLOptions) -> Tensor:
         if options.granularity == "token":
             return signals.token_reward.double()
         reward = segment_sum(signals.token_reward, index.turn_of_token, index.M)
-    return reward / index.tokens_per_turn.clamp(min=1) if options.per_token else reward
+    if options.per_token:
+        reward = reward / index.tokens_per_turn.clamp(min=1)
+    if options.step_unit == "largest_return" and len(reward):
+        returns = suffix_sum(reward, index.traj_of_turn, index.turn_rank, index.N)
+        reward = reward / (returns.abs().max() + EPS)
+    return reward
 
 
 def oprl(signals: Signals, options: OPRLOptions) -> Advantage:

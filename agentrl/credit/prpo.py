@@ -20,13 +20,14 @@ from typing import Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from agentrl.batch.index import segment_sum
+from agentrl.batch.index import segment_mean, segment_sum
 from agentrl.credit.base import (
     Advantage,
     CreditMethod,
     Need,
     Options,
     Signals,
+    broadcast,
     broadcast_tokens,
     episode_advantage,
     zscore,
@@ -58,6 +59,8 @@ class PRPOOptions(Options):
     """``empirical``: mean and standard deviation of the group's segments instead (an ablation)."""
     scale: bool = True
     """Divide the outcome shift by the group's standard deviation."""
+    combine: Literal["shift", "average"] = "shift"
+    """z + outcome shift, or the baseline PRM-Avg: one advantage per episode, the z-score of R_i + mean_s p_s."""
     scores: Scores = "prm"
     """The implicit PRM, the environment's turn rewards, or a served PRM's turn scores."""
     temperature: float = Field(default=1.0, gt=0)
@@ -70,6 +73,7 @@ class PRPOOptions(Options):
             "segmenter=turn": ("spikes", "min_gap", "placement", "threshold") if self.segmenter == "turn" else (),
             "prior=empirical": ("mu0", "sigma0") if self.prior == "empirical" else (),
             f"scores={self.scores}": ("temperature",) if self.scores != "prm" else (),
+            "combine=average": ("mu0", "sigma0", "prior", "scale") if self.combine == "average" else (),
         }
         for cause, names in idle.items():
             if given := sorted(self.model_fields_set & set(names)):
@@ -104,15 +108,19 @@ def prpo(signals: Signals, options: PRPOOptions) -> Advantage:
             placement=options.placement,
         )
     score = segment_scores(signals, segments, options)
+    metrics = {
+        "score_mean": float(score.mean()) if len(score) else 0.0,
+        "segments": len(segments) / max(1, len(segments.traj.unique())),
+    }
+    if options.combine == "average":
+        merged = signals.outcome.double() + segment_mean(score, segments.traj, index.N)
+        episode = episode_advantage(index, merged, "grpo")
+        return broadcast(index, episode, torch.zeros(index.M, dtype=torch.float64), metrics)
     if options.prior == "uniform":
         z = (score - options.mu0) / options.sigma0
     else:
         z = zscore(score, index.group_of_traj[segments.traj], index.G)
     episode = episode_advantage(index, signals.outcome, "grpo" if options.scale else "dr_grpo")
-    metrics = {
-        "score_mean": float(score.mean()) if len(score) else 0.0,
-        "segments": len(segments) / max(1, len(segments.traj.unique())),
-    }
     return broadcast_tokens(index, episode, z[segments.of_token], metrics)
 
 

@@ -24,6 +24,7 @@ from agentrl.credit.base import (
     Need,
     Options,
     Signals,
+    Singleton,
     broadcast,
     broadcast_tokens,
     episode_advantage,
@@ -63,13 +64,14 @@ def _needs(options: ReinforcePPOptions) -> frozenset[Need]:
 
 
 class ReinforcePPBaselineOptions(Options):
-    pass
+    singleton: Singleton = "zero"
+    """What a group of one enters the whitening as: 0, or (``raw``) its outcome, as in verl."""
 
 
 def reinforce_pp_baseline(signals: Signals, options: ReinforcePPBaselineOptions) -> Advantage:
     """Returns the group-centred outcome on every action token (K,), whitened over the batch's tokens."""
     index = signals.index
-    centred = episode_advantage(index, signals.outcome, "dr_grpo")
+    centred = episode_advantage(index, signals.outcome, "dr_grpo", singleton=options.singleton)
     token = whiten(centred[index.traj_of_token])
     # Equal over a trajectory's tokens, and 0 where it has none.
     episode = segment_mean(token, index.traj_of_token, index.N)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import torch
 
-from agentrl.credit.base import Advantage, CreditMethod, Options, Signals, broadcast, episode_advantage
+from agentrl.credit.base import Advantage, CreditMethod, Options, Signals, Singleton, broadcast, episode_advantage
 
 
 class RLOOOptions(Options):
-    pass
+    singleton: Singleton = "zero"
+    """What a group of one gets: 0, or (``raw``) its outcome, as in verl."""
 
 
 def rloo(signals: Signals, options: RLOOOptions) -> Advantage:
     """Returns the leave-one-out outcome on every action token (K,)."""
     index = signals.index
-    episode = episode_advantage(index, signals.outcome, "rloo")
+    episode = episode_advantage(index, signals.outcome, "rloo", singleton=options.singleton)
     return broadcast(index, episode, torch.zeros(index.M, dtype=torch.float64))
 
 

@@ -29,9 +29,10 @@ def overlong_penalty(tokens: Tensor, config: ShapingConfig) -> Tensor:
     if config.overlong_tokens is None:
         return torch.zeros(len(tokens), dtype=torch.float64)
     over = tokens.double() - (config.overlong_tokens - config.overlong_cache)
+    most = None if config.overlong_unbounded else 1
     if config.overlong_cache == 0:
         return config.overlong_penalty * (over > 0).double()
-    return config.overlong_penalty * (over / config.overlong_cache).clamp(0, 1)
+    return config.overlong_penalty * (over / config.overlong_cache).clamp(0, most)
 
 
 def shaped_outcome(trajectories: Sequence[Trajectory], config: ShapingConfig) -> Tensor:

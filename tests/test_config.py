@@ -32,6 +32,20 @@ def test_file_then_overrides_in_order(tmp_path: Path) -> None:
     assert config.env.kwargs == {"size": 8}
 
 
+def test_environment_variables_stand_between_file_and_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "prm: {beta: 0.1, lr: 1e-4}\niterations: 3\n")
+    monkeypatch.setenv("AGENTRL__PRM__BETA", "0.2")
+    monkeypatch.setenv("AGENTRL__PRM__LR", "1e-3")
+    monkeypatch.setenv("AGENTRL__ITERATIONS", "")
+    config = load_config(path, ["prm.lr=1e-2"])
+    assert (config.prm.beta, config.prm.lr, config.iterations) == (0.2, 0.01, 3)
+    monkeypatch.setenv("AGENTRL__PRM__BTA", "1")
+    with pytest.raises(ConfigError, match=r"'prm\.bta' in the environment variable AGENTRL__PRM__BTA"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1.0e-4", ".0001", "0.0001", "1.e-4"])
 def test_floats_are_read_as_people_write_them(text: str) -> None:
     (value,) = parse_assignments([f"x={text}"]).values()

@@ -26,6 +26,8 @@ from agentrl.files import atomic_write
 T = TypeVar("T", bound=BaseModel)
 
 COMMAND_LINE = "on the command line"
+VARIABLE = "AGENTRL__"
+"""Environment variables that begin so are settings: ``AGENTRL__PRM__BETA=0.1`` is ``prm.beta=0.1``."""
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -55,6 +57,9 @@ for _class in (_Loader, _Dumper):
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Returns the configuration in the YAML file `path` (None: all defaults) with `overrides` applied in order.
 
+    Between the two come environment variables: ``AGENTRL__PRM__BETA=0.1`` is ``prm.beta=0.1`` (`VARIABLE`), for
+    containers. An empty one says nothing.
+
     Args:
         path: YAML file with the sections of `RunConfig`.
         overrides: dotted assignments, e.g. ``prm.beta=0.1`` or ``credit.options.alpha=0.5``; values are YAML.
@@ -66,6 +71,11 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     places: dict[str, str] = {}
     if path is not None:
         data, places = read_yaml(Path(path))
+    for name, text in sorted(os.environ.items()):
+        if name.startswith(VARIABLE) and text:
+            key = name.removeprefix(VARIABLE).lower().replace("__", ".")
+            assign(data, key, next(iter(parse_assignments([f"{key}={text}"]).values())))
+            places[key] = f"in the environment variable {name}"
     for key, value in parse_assignments(overrides).items():
         assign(data, key, value)
         places[key] = COMMAND_LINE

@@ -15,7 +15,6 @@ the N scores, pass 2 back-propagates sum_k dL/dQ_i beta w_k s_phi[k] row by row.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,8 @@ from agentrl.batch.index import segment_sum
 from agentrl.buffer.pairs import preference_pairs
 from agentrl.config.schema import PairConfig, PRMConfig
 from agentrl.errors import AgentRLError, NonFiniteError
+from agentrl.models.lora import trained_parameters, twin
+from agentrl.prm.health import calibration_error, group_correlation
 from agentrl.prm.loss import PairTensors, pair_accuracy
 from agentrl.prm.objective import Objective, make_objective
 from agentrl.prm.replay import learn_from_draws
@@ -73,16 +74,18 @@ class ImplicitPRM:
         self.seed = seed
         self.updates = 0
         self.reference: Any = None
+        self.reference_logprob: Tensor | None = None
+        """(K,) log-probs that the reference gave the batch judged last."""
         if config.reference == "frozen" and frozen is not None:
             self.reference = frozen
         elif config.reference != "behaviour":
-            self.reference = copy.deepcopy(initial_policy).requires_grad_(False)
+            self.reference = twin(initial_policy).requires_grad_(False)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
+            trained_parameters(self.model), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
         )
 
     def step(
@@ -103,7 +106,7 @@ class ImplicitPRM:
         if self.config.reference == "rebase" and iteration > 0 and iteration % self.config.rebase_every == 0:
             self._rebase(policy)
         centre = self.centre(batch, policy)
-        reference = self.reference_scores(batch, policy, centre)
+        reference = self._reference_of_new(batch, policy, centre)
         before = self.scores(batch, centre)
         check_finite(batch, "the PRM", before)
         check_finite(batch, "the PRM's reference", reference)
@@ -126,7 +129,7 @@ class ImplicitPRM:
     def judge(self, batch: Batch, policy: Any) -> tuple[Tensor, dict[str, float]]:
         """Rewards (K,) of a batch and its health metrics, without learning from it. Arguments as in `step`."""
         centre = self.centre(batch, policy)
-        s, reference = self.scores(batch, centre), self.reference_scores(batch, policy, centre)
+        s, reference = self.scores(batch, centre), self._reference_of_new(batch, policy, centre)
         check_finite(batch, "the PRM", s)
         check_finite(batch, "the PRM's reference", reference)
         reward = self._reward(batch, s - reference)
@@ -168,7 +171,7 @@ class ImplicitPRM:
             s = scores.centred if self.config.centred else scores.logprob
             assert s is not None
             (s * weight[micro.tokens].to(s)).sum().backward()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trained_parameters(self.model), self.config.grad_clip))
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the PRM's gradient norm is {grad_norm}")
         sample = self._sample_parameters()
@@ -214,10 +217,7 @@ class ImplicitPRM:
 
     def reference_scores(self, batch: Batch, policy: Any, centre: Centre | None) -> Tensor:
         """Returns (K,) s of the reference: recorded while sampling for ``behaviour``, else one forward pass."""
-        if self.config.reference == "behaviour" and centre is None:
-            return batch.behaviour
-        model = policy if self.config.reference == "behaviour" else self.reference
-        return self._pick(score(model, batch, budget=self.budget, temperature=self.temperature, centre=centre))
+        return self._pick(self._reference_pass(batch, policy, centre))
 
     def scores(self, batch: Batch, centre: Centre | None, trajectories: Sequence[int] | None = None) -> Tensor:
         """Returns (K,) s of the PRM, without gradient; 0 outside `trajectories` (positions; None = all)."""
@@ -246,6 +246,18 @@ class ImplicitPRM:
             metrics |= self.update(batch, objective, reference, centre, known)
             metrics["prm_steps"] += 1
         return metrics
+
+    def _reference_of_new(self, batch: Batch, policy: Any, centre: Centre | None) -> Tensor:
+        """`reference_scores` of the batch that is judged; its plain log-probs are kept."""
+        scores = self._reference_pass(batch, policy, centre)
+        self.reference_logprob = scores.logprob
+        return self._pick(scores)
+
+    def _reference_pass(self, batch: Batch, policy: Any, centre: Centre | None) -> TokenScores:
+        if self.config.reference == "behaviour" and centre is None:
+            return TokenScores(batch.behaviour, None, None)
+        model = policy if self.config.reference == "behaviour" else self.reference
+        return score(model, batch, budget=self.budget, temperature=self.temperature, centre=centre)
 
     def _known(self, batch: Batch) -> Tensor:
         """(K,) bool: tokens likely enough under the policy that sampled them for the PRM to know anything of them."""
@@ -276,6 +288,9 @@ class ImplicitPRM:
         metrics["pair_margin"] = float((scores[pairs.winner] - scores[pairs.loser]).mean())
         # The mean over turns does not know how long an episode was: what it orders right is skill, not length.
         metrics["prm_skill"] = max(0.0, 2 * metrics["pair_accuracy_per_turn"] - 1)
+        metrics["prm_calibration_error"] = calibration_error(scores[pairs.winner] - scores[pairs.loser])
+        outcome = torch.tensor([t.outcome for t in batch.trajectories], dtype=torch.float64)
+        metrics["prm_return_correlation"] = group_correlation(index, scores, outcome)
         return metrics
 
     def _accuracy(self, batch: Batch, reward: Tensor, pairs: PairTensors) -> float:
@@ -287,12 +302,13 @@ class ImplicitPRM:
     def _rebase(self, policy: Any) -> None:
         for model in (self.model, self.reference):
             for mine, theirs in zip(model.parameters(), policy.parameters(), strict=True):
-                mine.copy_(theirs)
+                if mine is not theirs:  # a frozen base is one for all
+                    mine.copy_(theirs)
         self.optimizer = self._make_optimizer()
 
     def _sample_parameters(self) -> Tensor:
         """A fixed sample of every tensor: enough to see whether the PRM moves, at no memory worth naming."""
-        return torch.cat([p.detach().flatten()[:256].float().cpu() for p in self.model.parameters()])
+        return torch.cat([p.detach().flatten()[:256].float().cpu() for p in trained_parameters(self.model)])
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and counters (weights are saved apart, as safetensors)."""

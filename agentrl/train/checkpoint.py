@@ -1,7 +1,8 @@
 """Checkpoints: atomic directories that hold everything a run needs to go on as if it had never stopped.
 
     checkpoints/iteration-000010/
-        policy/          model directory (safetensors, tokenizer): loads like any other model
+        policy/          model directory (safetensors, tokenizer): loads like any other model; with LoRA the adapter
+                         alone, as peft reads it, and base.json: what it stands over
         prm/             the same for the PRM, and prm_reference/ where the reference is no longer the initial policy
         buffer/          trajectories that later updates may replay
         state.pt         optimisers, counters, random states (tensors and plain values: loads without unpickling code)
@@ -25,6 +26,7 @@ import torch
 from agentrl.config import RunConfig
 from agentrl.errors import DataError, UserError
 from agentrl.models.load import write_model
+from agentrl.models.lora import has_adapter, write_adapter
 
 _PREFIX = "iteration-"
 _NAME = re.compile(_PREFIX + r"\d{6,}")
@@ -51,7 +53,7 @@ def write_checkpoint(
     Args:
         folder: ``checkpoints/`` of the run.
         iteration: number of finished iterations.
-        models: name -> (model, tokenizer), each written as a model directory.
+        models: name -> (model, tokenizer), each written as a model directory, or as an adapter.
         state: what `torch.save` writes to ``state.pt``: tensors, numbers, strings, lists and dicts only.
         buffer: the trajectory buffer.
         keep: newest checkpoints to keep.
@@ -67,7 +69,10 @@ def write_checkpoint(
             shutil.rmtree(stale, ignore_errors=True)
         fresh.mkdir()
         for name, (model, tokenizer) in models.items():
-            write_model(model, tokenizer, fresh / name)
+            if has_adapter(model):
+                write_adapter(model, fresh / name)
+            else:
+                write_model(model, tokenizer, fresh / name)
         buffer.save(fresh / "buffer")
         (fresh / "state.json").write_text(json.dumps({"iteration": iteration}) + "\n")
         # Written last: a directory with a state is a complete one.

@@ -19,6 +19,7 @@ from agentrl.batch.scoring import run_rows
 from agentrl.config.schema import CriticConfig
 from agentrl.errors import NonFiniteError
 from agentrl.models.attention import precision
+from agentrl.models.lora import trained_parameters
 
 Tensor = torch.Tensor
 
@@ -39,7 +40,7 @@ class Critic:
         self.head = torch.nn.Linear(size, 1, device=parameter.device, dtype=parameter.dtype)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self.parameters = [*model.parameters(), *self.head.parameters()]
+        self.parameters = [*trained_parameters(model), *self.head.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from agentrl.config import RunConfig
 from agentrl.credit import Signals
 from agentrl.credit.base import Need
 from agentrl.errors import DataError
-from agentrl.models.load import load_model
+from agentrl.models.lora import load_trainable, reference_of, twin
 from agentrl.prm import ImplicitPRM
 from agentrl.train.critic import Critic
 from agentrl.train.shaping import shaped_outcome, shaped_turn_rewards
@@ -28,7 +27,7 @@ class Judge:
 
     Args:
         config: the run.
-        model: the policy before training; copied where a copy is needed.
+        model: the policy before training; copied where a copy is needed (with LoRA: the adapter alone).
         needs: of the credit method.
     """
 
@@ -38,8 +37,8 @@ class Judge:
         self.temperature = config.rollout.temperature
         self.initial = self.prm = self.critic = self.served = None
         self.wants_reference = "reference" in needs or config.policy_update.kl_coef > 0
-        if self.wants_reference or ("prm" in needs and config.prm.reference != "behaviour"):
-            self.initial = copy.deepcopy(model).requires_grad_(False)
+        if self.wants_reference or ("prm" in needs and config.prm.reference == "frozen"):
+            self.initial = reference_of(model)
         if "prm" in needs:
             self.prm = ImplicitPRM(
                 self._start(config.prm.init, model),
@@ -89,6 +88,7 @@ class Judge:
         outcome = shaped_outcome(trajectories, self.config.shaping)
         fields: dict[str, Any] = {}
         metrics: Metrics = {}
+        seen = batch
         if self.prm is not None:
             seen, replay = self._in_words(batch, replay)
             if learn:
@@ -98,7 +98,10 @@ class Judge:
                 fields["token_reward"], metrics = self.prm.judge(seen, policy)
             fields |= {"prm_updates": self.prm.updates, "prm_skill": metrics.get("prm_skill")}
         if self.wants_reference:
-            fields["reference_logprob"] = self._score(self.initial, batch).logprob
+            # The PRM's frozen reference is the same model: its pass over the same batch serves both.
+            shared = self.prm is not None and self.prm.reference is self.initial and seen is batch
+            known = self.prm.reference_logprob if self.prm is not None and shared else None
+            fields["reference_logprob"] = self._score(self.initial, batch).logprob if known is None else known
         if "entropy" in self.needs:
             fields["entropy"] = self._score(policy, batch, want_entropy=True).entropy
         if self.critic is not None:
@@ -154,8 +157,9 @@ class Judge:
 
     def _start(self, path: str | None, model: Any) -> Any:
         if path is None:
-            return copy.deepcopy(model).requires_grad_(True)
-        return load_model(path, device=self.config.model.device, dtype=self.config.model.dtype, train=True)
+            return twin(model)
+        config = self.config.model
+        return load_trainable(path, device=config.device, dtype=config.dtype, lora=self.config.lora)
 
     def _score(self, model: Any, batch: Batch, want_entropy: bool = False) -> Any:
         return score(model, batch, budget=self.budget, temperature=self.temperature, want_entropy=want_entropy)

@@ -64,26 +64,36 @@ def policy_loss(
 
     Args:
         new: (k,) log-probs under the weights being trained, with gradient.
-        old: (k,) log-probs of the behaviour policy.
+        old: (k,) log-probs of the policy before the update, as sampled or as the trainer has them.
         advantage: (k,).
         weight: (k,) from `token_weights`.
         turn: (k,) int64: which turn each token belongs to; all tokens of a turn must be present.
         config: ratio, clip range, dual clip.
     """
-    log_ratio = new - old
-    if config.ratio != "token":
-        owner, size = torch.unique(turn, return_inverse=True)[1], int(turn.unique().numel())
-        total = torch.zeros(size, dtype=new.dtype, device=new.device).index_add(0, owner, log_ratio)
-        if config.ratio == "turn_mean":
-            total = total / torch.bincount(owner, minlength=size)
-        log_ratio = total[owner]
-    ratio = log_ratio.clamp(-20, 20).exp()
+    ratio = log_ratio_of(new - old, turn, config.ratio).clamp(-20, 20).exp()
     plain = -advantage * ratio
     bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = torch.maximum(plain, bounded)
     if config.dual_clip is not None:
         loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * config.dual_clip), loss)
     return PolicyLoss((loss * weight.to(loss)).sum(), ratio.detach(), (bounded > plain).detach())
+
+
+def log_ratio_of(difference: Tensor, turn: Tensor, level: str) -> Tensor:
+    """Returns (k,) log-ratios: each token's own, or its turn's sum (``turn``) or mean (``turn_mean``).
+
+    Args:
+        difference: (k,) of log-probs.
+        turn: (k,) int64: which turn each token belongs to; all tokens of a turn must be present.
+        level: ``token``, ``turn`` or ``turn_mean``.
+    """
+    if level == "token":
+        return difference
+    owner, size = torch.unique(turn, return_inverse=True)[1], int(turn.unique().numel())
+    total = torch.zeros(size, dtype=difference.dtype, device=difference.device).index_add(0, owner, difference)
+    if level == "turn_mean":
+        total = total / torch.bincount(owner, minlength=size)
+    return total[owner]
 
 
 def kl_penalty(new: Tensor, reference: Tensor, estimator: str) -> Tensor:

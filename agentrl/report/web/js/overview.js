@@ -1,0 +1,145 @@
+/* What was run and what came of it. */
+
+const HELD = "eval/success/value";
+
+function overviewPage() {
+  const { runs } = store.summary;
+  return [
+    h("h1", {}, store.summary.title),
+    h("p", { class: "lead" }, runs.length === 1 ? headline(runs[0]) : headlines()),
+    alarmBox(),
+    resultChart(),
+    runs.length > 1 ? familyTable() : null,
+    h("section", { class: "columns" }, facts(runs[0], runs.length), timeTable(runs[0], runs.length), versions(runs)),
+    absent(),
+  ];
+}
+
+/** The result of one run in a sentence. */
+function headline(run) {
+  const c = run.curves, parts = [];
+  const known = (c[HELD] || []).flatMap((value, n) => (value === null ? [] : [n]));
+  if (known.length) {
+    const first = known[0], end = last(known);
+    const interval = `${pct(c["eval/success/low"][end])} to ${pct(c["eval/success/high"][end])}`;
+    const change = c[HELD][end] - c[HELD][first];
+    if (known.length > 1) {
+      parts.push("Held-out success ", change >= 0 ? "rose" : "fell", " from ", h("b", {}, pct(c[HELD][first])), " to ", h("b", {}, pct(c[HELD][end])));
+    } else parts.push("Held-out success is ", h("b", {}, pct(c[HELD][end])));
+    parts.push(` (95 % interval ${interval}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
+  } else {
+    const trained = (c.success || []).filter((value) => value !== null);
+    if (trained.length) parts.push("Success of training episodes went from ", h("b", {}, pct(trained[0])), " to ", h("b", {}, pct(last(trained))));
+  }
+  const iterations = last(c.iteration || []), seconds = lastKnown(c.elapsed)?.value;
+  if (parts.length) return [...parts, iterations ? ` in ${plural(iterations, "iteration")}${seconds ? ` and ${duration(seconds)}` : ""}.` : "."];
+  return outcomeSentence();
+}
+
+/** Where there are no metrics, the trajectories speak. */
+function outcomeSentence() {
+  if (!store.count) return "There is nothing in this run yet: no metrics, no trajectories.";
+  const scorable = store.columns.success.filter((_, i) => store.get("scorable", i));
+  return [h("b", {}, pct(scorable.length ? mean(scorable) : null)), ` of ${plural(scorable.length, "episode")} succeeded${store.count > scorable.length ? `; ${count(store.count - scorable.length)} more ended by a failure of infrastructure` : ""}.`];
+}
+
+function headlines() {
+  const known = families();
+  const seeds = known.map((family) => family.runs.length);
+  return `${plural(store.summary.runs.length, "run")} of ${plural(known.length, "setting")}${Math.max(...seeds) > 1 ? `, up to ${Math.max(...seeds)} seeds each` : ""}.`;
+}
+
+function resultChart() {
+  const one = families().length === 1;
+  const held = metricSeries(HELD, "iteration", { interval: ["eval/success/low", "eval/success/high"], label: one ? "held out" : undefined });
+  const trained = one ? metricSeries("success", "iteration", { label: "training episodes", colour: "--c-soft", style: { width: 1.3 } }) : [];
+  const series = [...trained, ...held];
+  if (!series.length) {
+    const other = metricSeries("success", "iteration");
+    if (!other.length) return null;
+    series.push(...other);
+  }
+  const seeds = store.summary.runs.length > 1;
+  return figure({
+    title: "Success", wide: true, height: 260, axis: "iteration", format: pct, range: () => [0, 1], series,
+    note: `${held.length ? "share of held-out episodes" : "share of training episodes"}; ${bandWords(seeds)}`,
+  });
+}
+
+function bandWords(seeds) {
+  if (families().length > CROWD) return "means over seeds; hover a name to find its line";
+  return seeds ? "line: mean, band: range over seeds" : "band: 95\u202f% interval";
+}
+
+function familyTable() {
+  const rows = families().map((family) => {
+    const finals = family.runs.map((run) => lastKnown(run.curves[HELD])?.value ?? lastKnown(run.curves.success)?.value).filter((v) => v !== undefined);
+    const range = finals.length > 1 ? `${pct(Math.min(...finals))} to ${pct(Math.max(...finals))}` : "–";
+    const time = mean(family.runs.map((run) => lastKnown(run.curves.elapsed)?.value ?? 0));
+    return h("tr", {},
+      h("th", { scope: "row" }, h("i", { class: "dot", vars: { "--c": `var(${family.colour})` } }), family.name),
+      h("td", {}, family.runs[0].config["credit.method"] ?? "–"),
+      h("td", { class: "n" }, family.runs.length),
+      h("td", { class: "n" }, finals.length ? pct(mean(finals)) : "–"), h("td", { class: "n" }, range),
+      h("td", { class: "n" }, last(family.runs[0].curves.iteration || []) ?? "–"), h("td", { class: "n" }, time ? duration(time) : "–"));
+  });
+  return h("div", { class: "scroll families" }, h("table", {},
+    h("caption", {}, "Final success (held out where it was evaluated), mean over seeds"),
+    h("thead", {}, h("tr", {}, ["setting", "credit", "runs", "success", "range", "iterations", "wall time"].map((t, n) => h("th", { scope: "col", class: n > 1 ? "n" : null }, t)))),
+    h("tbody", {}, rows)));
+}
+
+/** A list of names and values, those that are known. */
+function facts(run, runs) {
+  const g = (key) => run.config[key];
+  const method = g("credit.method");
+  const env = g("env.id") ?? [...new Set(store.columns.env || [])].join(", ");
+  const policies = [...new Set(store.columns.policy || [])].filter(Boolean).join(", ");
+  const rows = [
+    ["environment", env],
+    ["credit method", method],
+    ["rollout", g("rollout.groups") && `${g("rollout.groups")} groups of ${g("rollout.group_size")} episodes, history ${g("rollout.history")}`],
+    ["model", g("model.path") && `${g("model.path")} (${g("model.dtype")}, ${g("model.device")})`],
+    ["policy", policies],
+    ["iterations", run.curves.iteration && `${last(run.curves.iteration)} of ${g("iterations")}`],
+    ["training episodes", run.curves.episodes && count(sum(run.curves.episodes))],
+    ["tokens sampled", run.curves.action_tokens && count(sum(run.curves.action_tokens))],
+    ["seed", runs > 1 ? [...new Set(store.summary.runs.map((r) => r.seed))].filter((s) => s !== null).join(", ") : run.seed],
+    ["trajectories", `${count(store.count)} shown of ${count(store.summary.trajectories.found)} stored`],
+    ["folder", runs > 1 ? null : run.path],
+  ];
+  return h("div", {}, h("h2", {}, "What was run"), runs > 1 ? h("p", { class: "soft" }, `of ${run.label}`) : null, pairs(rows));
+}
+
+const pairs = (rows) => h("dl", {}, rows.filter(([, value]) => value !== undefined && value !== null && value !== "" && value !== false)
+  .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+
+const PARTS = { generation: "policy plays", environment: "environment", prm: "reward model", policy: "policy update", other: "all else" };
+
+function timeTable(run, runs) {
+  const spent = Object.keys(PARTS).map((part) => [part, sum(run.curves[`seconds/${part}`])]);
+  const total = sum(spent.map(([, value]) => value));
+  if (!total) return null;
+  const bars = spent.map(([part, value]) => h("div", { class: "bar" },
+    h("span", {}, PARTS[part]), h("i", { vars: { "--w": value / total } }), h("b", {}, duration(value)), h("span", { class: "n" }, pct(Math.round((1000 * value) / total) / 1000))));
+  return h("div", {}, h("h2", {}, "Where the time went"), runs > 1 ? h("p", { class: "soft" }, `of ${run.label}`) : null, bars,
+    h("p", { class: "soft" }, `${duration(total)} in iterations, ${duration(lastKnown(run.curves.elapsed)?.value)} in all with evaluation and checkpoints.`));
+}
+
+function versions(runs) {
+  const known = Object.entries(runs[0].versions);
+  return h("div", {}, h("h2", {}, "Made with"),
+    known.length ? pairs(known) : h("p", { class: "soft" }, "Versions were not recorded with this run."),
+    h("p", { class: "soft" }, `Report by agentrl ${store.summary.version}, ${new Date(1000 * store.summary.made).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}.`));
+}
+
+/** Everything that could not be read or is left out, so that nothing is absent in silence. */
+function absent() {
+  const { runs, trajectories: list } = store.summary;
+  const notes = [...list.notes.map((note) => [null, note]), ...runs.flatMap((run) => run.notes.map((note) => [runs.length > 1 ? run.label : null, note]))];
+  if (list.found > list.count) notes.unshift([null, `${count(list.count)} of ${count(list.found)} trajectories are in this file: whole groups, the first ones of every iteration (--trajectories N takes more).`]);
+  if (list.images_left_out) notes.push([null, `${plural(list.images_left_out, "picture")} left out (--image-mb sets the bound).`]);
+  if (new Set(store.columns.env || []).size > 1) notes.push([null, `The trajectories come from several environments (${[...new Set(store.columns.env)].join(", ")}); rewards and lengths of one say little about another.`]);
+  if (!notes.length) return null;
+  return h("section", { class: "absent" }, h("h2", {}, "Left out and absent"), h("ul", {}, notes.map(([who, note]) => h("li", {}, who ? h("b", {}, who, ": ") : null, note))));
+}

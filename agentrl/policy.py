@@ -64,6 +64,9 @@ class PolicyAction:
     ids: list[int] | None = None
     logprobs: list[float] | None = None
     version: int | None = None
+    """Version of the weights; the oldest where it changed in the middle."""
+    versions: Sequence[tuple[int, int]] = ()
+    """Where it changed in the middle: (version, number of ids), in order."""
     finish: Literal["stop", "length"] = "stop"
     """`length`: the turn's token limit cut the action off."""
 
@@ -74,6 +77,9 @@ class Policy(abc.ABC):
     name: str = "policy"
     batched: bool = True
     """True: one `act` call at a time with all waiting requests. False: each request is its own concurrent call."""
+    interactive: bool = False
+    """True: a person at this terminal acts. Nothing else draws there, no deadline hurries them, and an episode that
+    they leave is not played again."""
 
     @abc.abstractmethod
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
@@ -109,15 +115,38 @@ class ModelPolicy(Policy):
     def fingerprint(self) -> str:
         """A short hash of the weights in the engine, to compare with the trainer's after each sync."""
 
+    def canary(self, ids: Sequence[int]) -> list[float] | None:
+        """Log-probs (len(ids) - 1,) in nats that the engine itself computes for ``ids[1:]`` at temperature 1.
+
+        The trainer compares them with its own after each sync: weights may have arrived and still not be those that the
+        engine computes with. None: the engine runs the trainer's own model.
+        """
+        return None
+
 
 class FunctionPolicy(Policy):
-    """A plain function ``request -> text`` as a policy."""
+    """A plain function as a policy. Where the environment is inline too, the collector calls it without a detour.
 
-    def __init__(self, function: Callable[[PolicyRequest], str], name: str | None = None) -> None:
+    Args:
+        function: ``request -> text``, or ``observation -> text``.
+        name: shown in reports and trajectories; by default the function's own.
+        reads: what `function` takes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], str],
+        name: str | None = None,
+        *,
+        reads: Literal["request", "observation"] = "request",
+    ) -> None:
         self.function = function
-        self.name = str(name or getattr(function, "__name__", "function"))
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
+        self.reads = reads
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        if self.reads == "observation":
+            return [PolicyAction(text=self.function(request.observation)) for request in requests]
         return [PolicyAction(text=self.function(request)) for request in requests]
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from toys import register
+from typer.testing import CliRunner
 
+from agentrl.buffer import read_jsonl
+from agentrl.cli import app
 from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv
-from agentrl.errors import ActionError, InfrastructureError, UserError
-from agentrl.evaluate import EvalResult, bootstrap_mean, evaluate, wilson
+from agentrl.errors import ActionError, DataError, InfrastructureError, UserError
+from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, evaluate, wilson
 from agentrl.evaluate.texts import environment_texts
 from agentrl.policy import FunctionPolicy, PolicyRequest
+from agentrl.rollout import Summary
 from agentrl.types import Content, Trajectory
 
 
@@ -102,6 +111,7 @@ class Guess(TextEnv):
 
     fast = True
     instructions = "Repeat the digit."
+    broken = True
 
     def __init__(self, fault: tuple[int, ...] = (), shift: int = 0) -> None:
         super().__init__()
@@ -117,7 +127,7 @@ class Guess(TextEnv):
         return int(text)
 
     def play(self, action: int) -> tuple[str, float, bool, dict[str, Any]]:
-        if self.digit in self.fault:
+        if self.broken and self.digit in self.fault:
             raise RuntimeError("broken pipe")
         return "done", 2.0 * (action == self.digit), action == self.digit, {"success": action == self.digit}
 
@@ -188,8 +198,10 @@ def test_outcome_rule_and_reproducibility() -> None:
         return evaluate(FunctionPolicy(coin), "Guess-v0", episodes=64, seed=seed, outcome=rule)
 
     first, again, other = run(1), run(1), run(2)
-    assert first.model_dump(exclude={"seconds"}) == again.model_dump(exclude={"seconds"})
-    assert first.model_dump(exclude={"seconds", "seed"}) != other.model_dump(exclude={"seconds", "seed"})
+    assert without_clock(first) == without_clock(again)
+    assert first.model_dump(exclude={"seconds", "episode_seconds", "seed"}) != other.model_dump(
+        exclude={"seconds", "episode_seconds", "seed"}
+    )
     assert first.outcome.value == pytest.approx(2 * first.success.value)
     assert first.outcome.low is not None
     assert 0 < first.outcome.low < first.outcome.value
@@ -204,6 +216,196 @@ def test_result_survives_json() -> None:
 def test_no_episodes_is_refused() -> None:
     with pytest.raises(UserError, match="episodes=0"):
         evaluate(echo, "Guess-v0", episodes=0)
+
+
+def test_async_functions_are_policies_and_wait_side_by_side() -> None:
+    waiting = 0
+    most = 0
+
+    async def slow_echo(observation: Content) -> str:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await asyncio.sleep(0)
+        waiting -= 1
+        return str(observation)
+
+    result = evaluate(slow_echo, "Guess-v0", episodes=12)
+    assert (result.success.value, result.policy) == (1.0, "slow_echo")
+    assert most > 1
+    with pytest.raises(UserError, match="not int"):
+        evaluate(3, "Guess-v0")  # type: ignore[call-overload]
+
+
+def test_several_environments_make_one_report() -> None:
+    envs: list[EnvConfig | str] = ["Guess-v0", EnvConfig(id="Guess-v0", kwargs={"shift": 100})]
+    seen: list[Summary] = []
+    report = evaluate(lambda text: str(text)[:1], envs, episodes=10, seed=5, on_summary=seen.append)
+    assert [one.env_kwargs for one in report.results] == [{}, {"shift": 100}]
+    assert [one.success.value for one in report.results] == [1.0, 0.0]
+    assert report.success == 0.5
+    assert len(seen) == 20
+    assert EvalReport.model_validate_json(report.model_dump_json()) == report
+    with pytest.raises(UserError, match="no environment"):
+        evaluate(echo, [])
+
+
+def coin(request: PolicyRequest) -> str:
+    return str(request.observation) if random.Random(request.seed).random() < 0.3 else "42"
+
+
+def test_several_episodes_a_task_give_pass_at_k_over_tasks() -> None:
+    result = evaluate(FunctionPolicy(coin), EnvConfig(id="Guess-v0", max_turns=1), episodes=400, per_task=4)
+    assert (result.tasks, result.per_task, result.success_interval) == (100, 4, "bootstrap")
+    rate = result.success.value
+    assert rate == pytest.approx(0.3, abs=0.08)
+    for k in range(1, 5):
+        assert result.pass_at_k[k].value == pytest.approx(1 - (1 - rate) ** k, abs=0.1)
+        assert result.pass_hat_k[k].value == pytest.approx(rate**k, abs=0.1)
+    assert result.pass_at_k[1].value == result.pass_hat_k[1].value == pytest.approx(rate)
+    stopped = result.by_stop_reason
+    assert (stopped["terminated"].success, stopped["turn_limit"].success) == (1.0, 0.0)
+    assert stopped["terminated"].episodes == result.stop_reasons["terminated"] == round(rate * 400)
+    with pytest.raises(UserError, match="per_task=3"):
+        evaluate(echo, "Guess-v0", episodes=10, per_task=3)
+
+
+def without_clock(result: EvalResult) -> dict[str, Any]:
+    return result.model_dump(exclude={"seconds", "episode_seconds"})
+
+
+def test_an_interrupted_evaluation_is_completed_by_the_same_call(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"episodes": 24, "per_task": 3, "seed": 5}
+    env = EnvConfig(id="Guess-v0", max_turns=2)
+    whole = evaluate(FunctionPolicy(coin), env, **options, out=tmp_path / "whole")
+    played: list[Trajectory] = []
+
+    def stop(trajectory: Trajectory) -> None:
+        played.append(trajectory)
+        if len(played) == 10:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate(FunctionPolicy(coin), env, **options, out=tmp_path / "cut", on_episode=stop)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    file = tmp_path / "cut" / "trajectories" / "0-Guess-v0.jsonl"
+    with file.open("ab") as half:
+        half.write(b'{"id": "eval-9')  # what a kill leaves of a line
+    again: list[Trajectory] = []
+    seen: list[Summary] = []
+    result = evaluate(
+        FunctionPolicy(coin), env, **options, out=tmp_path / "cut", on_episode=again.append, on_summary=seen.append
+    )
+    assert (len(again), len(seen)) == (14, 24)
+    assert without_clock(result) == without_clock(whole)
+    ids = [one.id for one in read_jsonl(file)]
+    assert len(set(ids)) == len(ids) == 24
+    assert evaluate(FunctionPolicy(coin), env, **options, out=tmp_path / "cut", on_episode=again.append) == (
+        result.model_copy(update={"seconds": pytest.approx(0, abs=60)})
+    )
+    assert len(again) == 14
+
+
+def test_infrastructure_failures_are_played_again_on_resume(tmp_path: Path) -> None:
+    env = EnvConfig(id="Guess-v0", kwargs={"fault": (0, 1, 2, 3)})
+    options: dict[str, Any] = {"episodes": 20, "rollout": RolloutConfig(retries=0), "out": tmp_path}
+    first = evaluate(echo, env, **options)
+    again: list[Trajectory] = []
+    second = evaluate(echo, env, **options, on_episode=again.append)
+    assert 0 < first.infrastructure_failures == len(again)
+    assert without_clock(second) == without_clock(first), "they failed again, all of them"
+    Guess.broken = False
+    try:
+        mended = evaluate(echo, env, **options)
+    finally:
+        Guess.broken = True
+    assert (mended.infrastructure_failures, mended.success.episodes) == (0, 20)
+
+
+def test_a_folder_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
+    evaluate(echo, "Guess-v0", episodes=4, out=tmp_path / "a")
+    for changed, key in (
+        ({"episodes": 6}, "episodes=4, now episodes=6"),
+        ({"seed": 3}, "seed=1000000000000, now seed=3"),
+        ({"env": EnvConfig(id="Guess-v0", kwargs={"shift": 1})}, "environments.0.kwargs.shift='not set'"),
+        ({"outcome": OutcomeConfig(rule="return")}, "outcome.rule='success', now outcome.rule='return'"),
+        ({"policy_options": {"skill": 1}}, "policy.options"),
+    ):
+        options: dict[str, Any] = {"env": "Guess-v0", "episodes": 4, "out": tmp_path / "a"} | changed
+        with pytest.raises(UserError, match=re.escape(key)):
+            evaluate(echo, **options)
+    evaluate(echo, "Guess-v0", episodes=4, out=tmp_path / "a", rollout=RolloutConfig(concurrency=2, retries=0))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is no evaluation"):
+        evaluate(echo, "Guess-v0", episodes=4, out=tmp_path / "b")
+    (tmp_path / "a" / "settings.json").write_text("{")
+    with pytest.raises(DataError, match=r"cannot read .*settings\.json"):
+        evaluate(echo, "Guess-v0", episodes=4, out=tmp_path / "a")
+
+
+KILLED = """
+import os, sys
+from agentrl.evaluate import evaluate
+from agentrl.policy import load_policy
+count = 0
+def die(trajectory):
+    global count
+    count += 1
+    if count == 17:
+        os.kill(os.getpid(), 9)
+evaluate(load_policy("sokoban-noisy-solver"), ["Sokoban-v0", "Sokoban-v0"], episodes=24, per_task=2, out=sys.argv[1],
+    on_episode=die if sys.argv[2] == "die" else None)
+"""
+
+
+def test_a_killed_evaluation_gives_the_same_table_in_the_end(tmp_path: Path) -> None:
+    tables = {}
+    for name, ends in (("cut", ["die", "live"]), ("whole", ["live"])):
+        for how in ends:
+            done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name), how])
+            assert done.returncode == (-9 if how == "die" else 0)
+        report = EvalReport.model_validate_json((tmp_path / name / "result.json").read_bytes())
+        tables[name] = [without_clock(one) for one in report.results]
+    assert tables["cut"] == tables["whole"]
+    assert [one["episodes"] for one in tables["cut"]] == [24, 24]
+
+
+def test_command_line_plays_compares_and_fails_builds(tmp_path: Path) -> None:
+    def run(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "80"})
+
+    common = ("eval", "Sokoban-v0", "--episodes", 30, "--per-task", 2, "--env-arg", "max_solution=4")
+    weak = run(*common, "--policy", "random", "--out", tmp_path / "weak", "--fail-under", 0.99)
+    assert weak.exit_code == 3
+    assert "is below 99.0%" in weak.output
+    strong = run(
+        *common,
+        "--policy",
+        "sokoban-solver",
+        "--out",
+        tmp_path / "strong",
+        "--fail-under",
+        1,
+        "--json",
+        tmp_path / "s.json",
+    )
+    assert strong.exit_code == 0, strong.output
+    assert "pass^k" in strong.output
+    assert EvalResult.model_validate_json((tmp_path / "s.json").read_bytes()).tasks == 15
+    better = run("compare", tmp_path / "weak", tmp_path / "strong", "--json", tmp_path / "c.json")
+    assert better.exit_code == 0, better.output
+    assert "B succeeds more often" in better.output
+    assert json.loads((tmp_path / "c.json").read_text())["tasks"] == 15
+    refused = run(*common, "--policy", "random", "--out", tmp_path / "strong")
+    assert (refused.exit_code, "policy.name=" in refused.output) == (2, True)
+    mixed = run("eval", "Sokoban-v0", "configs/sokoban_oprl.yaml", "--policy", "random")
+    assert (mixed.exit_code, "beside other targets" in mixed.output) == (2, True)
+    two = run("eval", "Sokoban-v0", "Lock-v0", "--policy", "random", "--episodes", 6, "--json", tmp_path / "two.json")
+    assert two.exit_code == 0, two.output
+    assert "in 2 environments" in two.output
+    assert len(EvalReport.model_validate_json((tmp_path / "two.json").read_bytes()).results) == 2
+    assert max(map(len, (weak.stdout + two.stdout + better.stdout).splitlines())) <= 80
 
 
 def test_environment_texts_are_what_the_agent_reads_and_writes() -> None:

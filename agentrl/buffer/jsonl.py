@@ -12,12 +12,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from agentrl.errors import DataError
+from agentrl.errors import DataError, UserError
 from agentrl.files import atomic_write
 from agentrl.images import attach_images, save_images
 from agentrl.types import Trajectory
@@ -37,6 +37,21 @@ def write_jsonl(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]
     with atomic_write(path) as file:
         for trajectory in trajectories:
             file.write(_to_line(trajectory))
+
+
+def append_line(file: BinaryIO, trajectory: Trajectory) -> None:
+    """Appends one trajectory to an open file (mode ``"ab"``) in one write, after its pictures.
+
+    Raises:
+        DataError, UserError: as `write_jsonl`.
+    """
+    save_images(Path(file.name).parent, [trajectory])
+    line = _to_line(trajectory)
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error.strerror or error}") from error
 
 
 def read_jsonl(

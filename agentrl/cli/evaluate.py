@@ -1,11 +1,15 @@
-"""``agentrl eval``: success on held-out tasks, with its interval."""
+"""``agentrl eval``: success on held-out tasks, with its interval, in one environment or several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from agentrl.cli.common import (
     EnvArg,
@@ -21,14 +25,23 @@ from agentrl.cli.common import (
     assignments,
     check_output,
     console,
+    errors,
     make_policy,
+    may_leave,
     rollout_settings,
     table,
+    usage_rows,
 )
+from agentrl.errors import UserError
 
 if TYPE_CHECKING:
-    from agentrl.config import RunConfig
-    from agentrl.evaluate import EvalResult
+    from agentrl.config import EnvConfig, RunConfig
+    from agentrl.evaluate import EvalReport, EvalResult, Proportion
+    from agentrl.policy import Policy
+    from agentrl.rollout import Summary
+
+EXIT_BELOW = 3
+"""``--fail-under`` was not reached."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -37,11 +50,18 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="ENV|CONFIG", help="Environment id, or the YAML file of a run.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="ENV...|CONFIG", help="Environment ids, or the YAML file of a run.")
+    ],
     policy: PolicyName = None,
     policy_arg: PolicyArg = None,
     model: ModelDir = None,
-    episodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tasks; default 256, or the file's.")] = None,
+    episodes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="In each environment; default 256, or the file's.")
+    ] = None,
+    per_task: Annotated[
+        int, typer.Option("--per-task", metavar="K", min=1, help="Episodes of each task: pass@k and pass^k.")
+    ] = 1,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of the first task; default 10^12, or the file's.")
     ] = None,
@@ -53,81 +73,223 @@ def evaluate(
     instructions: Instructions = None,
     history: History = None,
     max_new_tokens: MaxNewTokens = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Episodes alive at once; default 256, or the file's.")
+    ] = None,
     threads: Threads = None,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result to this file.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep every episode here; the same command again plays the rest.")
+    ] = None,
+    fail_under: Annotated[
+        float | None,
+        typer.Option("--fail-under", metavar="X", min=0, max=1, help="Exit with 3 where success is below this."),
+    ] = None,
 ) -> None:
-    """Measure a policy or a model on held-out tasks, one episode each.
+    """Measure a policy or a model on held-out tasks.
 
-    With the YAML file of a run, environment, history, limits and evaluation settings come from there.
+    With the YAML file of a run, environment, history, limits and evaluation settings come from there. With
+    [b]--env-arg[/b] and [b]--max-turns[/b] every environment is given the same.
 
-    Example:  [b]agentrl eval Sokoban-v0 --model models/sft --env-arg split=test --episodes 256[/b]
+    Example:  [b]agentrl eval Sokoban-v0 Lock-v0 --policy random --episodes 256 --out runs/random[/b]
+
+    Example:  [b]agentrl eval Sokoban-v0 --model models/sft --per-task 4 --fail-under 0.8[/b]
     """
     from agentrl.evaluate import evaluate as measure
+    from agentrl.evaluate.result import EvalReport
     from agentrl.rollout import run
 
-    config = _settings(target)
-    env, arguments = config.env, assignments(env_arg, "--env-arg")
-    env.kwargs, env.eval_kwargs = env.kwargs | arguments, env.eval_kwargs | arguments
-    env.max_turns = max_turns or env.max_turns
-    env.instructions = env.instructions if instructions is None else instructions
+    config, envs = _settings(targets)
+    arguments = assignments(env_arg, "--env-arg")
+    for env in envs:
+        env.kwargs, env.eval_kwargs = env.kwargs | arguments, env.eval_kwargs | arguments
+        env.max_turns = max_turns or env.max_turns
+        env.instructions = env.instructions if instructions is None else instructions
     if temperature is None:
         temperature = config.eval.temperature
     rollout, sampling = rollout_settings(config.rollout, history, temperature, max_new_tokens)
+    rollout.concurrency = concurrency or rollout.concurrency
     if json is not None:
         check_output(json)
     count = episodes or config.eval.episodes
-    player = make_policy(policy, model, assignments(policy_arg, "--policy-arg"), threads or config.model.threads)
+    options = assignments(policy_arg, "--policy-arg")
+    player = make_policy(policy, model, options, threads or config.model.threads)
+    watch = _Watch(player, [env.id for env in envs], count)
     try:
-        with EpisodeProgress(env.id, count) as progress:
-            result = measure(
+        with watch, may_leave(player):
+            found = measure(
                 player,
-                env,
+                envs,
                 episodes=count,
+                per_task=per_task,
                 seed=config.eval.seed if seed is None else seed,
                 rollout=rollout,
                 sampling=sampling,
                 outcome=config.outcome,
-                on_episode=progress,
+                out=out,
+                policy_options={**options, "model": model},
+                **watch.hooks,
             )
+    except KeyboardInterrupt:
+        if out is not None:
+            of = f"{watch.episodes} of {count * len(envs)} episodes"
+            errors.print(f"{out} holds {of}; the same command plays the rest", soft_wrap=True)
+        raise
     finally:
         run(player.aclose())
+    result: EvalReport | EvalResult = found if len(envs) > 1 else found.results[0]
     if json is not None:
         _write(result, json)
-    console.print(table(f"{result.policy} in {result.env}", _rows(result)))
+    if isinstance(result, EvalReport):
+        console.print(across(result))
+    for one in found.results:
+        console.print(
+            table(f"{one.policy} in {one.env}", [*_rows(one), *(usage_rows(player) if len(envs) == 1 else ())])
+        )
+    if len(envs) > 1 and (usage := usage_rows(player)):
+        console.print(table("Cost", usage))
+    if fail_under is not None:
+        check_reached(found.results, fail_under)
 
 
-def _settings(target: str) -> RunConfig:
-    """Returns the run's configuration, or the defaults with the environment called `target`."""
-    from agentrl.config import RunConfig, load_config
+class _Watch:
+    """Progress over the episodes of all environments, with the running success and its interval."""
 
-    if target.endswith((".yaml", ".yml")):
-        return load_config(target)
-    config = RunConfig()
-    config.env.id = target
-    return config
+    def __init__(self, player: Policy, envs: Sequence[str], count: int) -> None:
+        self.episodes = self._scored = self._successes = 0
+        self._plain = EpisodeProgress(envs[0], count, shown=False) if player.interactive else None
+        self.hooks: dict[str, Any] = {"on_summary": self._add}
+        if self._plain is not None:
+            self.hooks["on_episode"] = self._plain
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[success]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            expand=True,
+            disable=self._plain is not None,
+        )
+        self._envs, self._count = envs, count
+        self._task = self._bar.add_task(envs[0], total=count * len(envs), success="")
+
+    def _add(self, one: Summary) -> None:
+        from agentrl.evaluate import wilson
+
+        env = self._envs[min(self.episodes // self._count, len(self._envs) - 1)]
+        self.episodes += 1
+        self._scored += one.scorable
+        self._successes += one.success
+        if self._scored and (self.episodes % 16 == 0 or self._scored < 64 or self.episodes % self._count == 0):
+            shown = short(wilson(self._successes, self._scored))
+            self._bar.update(self._task, completed=self.episodes, description=env, success=shown)
+
+    def __enter__(self) -> _Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.update(self._task, completed=self.episodes)
+        self._bar.live.transient = kind is not None and not self.episodes  # no empty bar above an error
+        self._bar.stop()
+
+
+def short(rate: Proportion) -> str:
+    """Returns ``45.0% [40.1, 50.2]``."""
+    return f"{rate.value:.1%} \\[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def check_reached(results: Sequence[EvalResult], least: float) -> None:
+    """Exits with 3 where success is below `least` in some environment, naming each."""
+    below = [one for one in results if one.success.value < least]
+    for one in below:
+        errors.print(
+            f"{one.policy} in {one.env}: success {one.success.value:.1%} is below {least:.1%}", style="bold red"
+        )
+    if below:
+        raise typer.Exit(EXIT_BELOW)
+
+
+def _settings(targets: Sequence[str]) -> tuple[RunConfig, list[EnvConfig]]:
+    """Returns the run's configuration, or the defaults, and the environments to evaluate in."""
+    from agentrl.config import EnvConfig, RunConfig, load_config
+
+    files = [target for target in targets if target.endswith((".yaml", ".yml"))]
+    if not files:
+        return RunConfig(), [EnvConfig(id=target) for target in targets]
+    if len(targets) > 1:
+        raise UserError(
+            f"{files[0]!r} beside other targets: give environment ids, or the file of one run (agentrl leaderboard "
+            "plays several policies in several environments)"
+        )
+    config = load_config(files[0])
+    return config, [config.env]
+
+
+def across(report: EvalReport) -> Table:
+    """Returns the table of several environments, one a row."""
+    result = Table(
+        title=f"{report.policy} in {len(report.results)} environments", title_justify="left", title_style="bold"
+    )
+    result.add_column("environment", style="cyan", overflow="fold")
+    for column in ("success", "outcome", "turns", "failed"):
+        result.add_column(column, justify="right")
+    for one in report.results:
+        failed = str(one.infrastructure_failures or "-")
+        result.add_row(one.env, short(one.success), f"{one.outcome.value:.3g}", f"{one.turns:.1f}", failed)
+    if len(report.results) > 1:
+        result.add_section()
+        result.add_row("mean", f"{report.success:.1%}")
+    return result
 
 
 def _rows(result: EvalResult) -> list[tuple[str, object]]:
+    over = "over episodes (Wilson)" if result.success_interval == "wilson" else "over tasks (bootstrap)"
     rows: list[tuple[str, object]] = [
-        ("success", result.success),
+        ("success", f"{result.success}, 95 % interval {over}"),
         ("outcome, mean", result.outcome),
+        *_pass_rows(result),
         ("turns, mean", result.turns),
         ("action tokens, mean", result.action_tokens or None),
         ("invalid actions", f"{result.invalid_action_rate:.1%}"),
-        ("stopped by", result.stop_reasons),
-        ("seeds", f"{result.seed}..{result.seed + result.episodes - 1}"),
+        ("stopped by", _stops(result)),
+        ("seeds", f"{result.seed}..{result.seed + result.tasks - 1}"),
         ("environment arguments", result.env_kwargs),
         ("temperature", result.temperature),
-        ("seconds", result.seconds),
+        ("seconds", f"{result.seconds:.4g}, {result.episode_seconds:.2g} an episode"),
     ]
+    if result.per_task > 1:
+        rows.insert(0, ("episodes", f"{result.episodes} = {result.tasks} tasks x {result.per_task}"))
     if result.infrastructure_failures:
-        rows.insert(1, ("failed (in no mean)", result.infrastructure_failures))
+        failed = f"{result.infrastructure_failures}; the first: {result.first_failure}"
+        rows.insert(1, ("failed (in no mean)", failed))
     return rows
 
 
-def _write(result: EvalResult, path: Path) -> None:
+def _pass_rows(result: EvalResult) -> list[tuple[str, object]]:
+    """pass@k and pass^k for k = 1, 2, 4, ... and the last; ``--json`` has all."""
+    last = max(result.pass_at_k, default=0)
+    shown = [k for k in result.pass_at_k if k == last or k & (k - 1) == 0]
+    rows: list[tuple[str, object]] = []
+    for title, values in (("pass@k", result.pass_at_k), ("pass^k", result.pass_hat_k)):
+        if shown:
+            rows.append((title, ", ".join(f"{k}: {values[k].value:.1%}" for k in shown)))
+    return rows
+
+
+def _stops(result: EvalResult) -> str:
+    parts = []
+    for reason, one in result.by_stop_reason.items():
+        rate = "" if one.success is None else f" ({one.success:.0%} success)"
+        parts.append(f"{one.episodes:,} x {reason}{rate}")
+    return ", ".join(parts)
+
+
+def _write(result: EvalResult | EvalReport, path: Path) -> None:
     from agentrl.files import atomic_write
 
     with atomic_write(path) as file:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from pydantic import BaseModel
 
-from agentrl.config.schema import OutcomeConfig
+from agentrl.config.schema import OutcomeConfig, RolloutConfig
 from agentrl.envs import make
 from agentrl.envs.registry import scripted_agents
 from agentrl.errors import UserError
@@ -84,7 +85,9 @@ def agent_stats(
             on_episode(trajectory)
 
     policy = load_policy(agents[role].policy, **agents[role].options)
-    result = evaluate(policy, env_id, episodes=episodes, seed=seed, outcome=_RETURN, on_episode=keep)
+    # Scripted agents keep nobody waiting: more environments than cores (some are a Java VM each) gain nothing.
+    rollout = RolloutConfig(workers=min(16, os.cpu_count() or 1), step_deadline_s=300)
+    result = evaluate(policy, env_id, episodes=episodes, seed=seed, rollout=rollout, outcome=_RETURN, on_episode=keep)
     scored = [trajectory for trajectory in played if trajectory.scorable]
     texts = [text_of(turn.observation) for trajectory in scored for turn in trajectory.turns]
     count = max(len(texts), 1)

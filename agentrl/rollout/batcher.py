@@ -175,7 +175,8 @@ class Batcher:
         self.batches += 1
         self._calls.append(call)
         self.clock.policy_call(+1)
-        call.timer = loop.call_later(self.deadline_s, self._expire, call)
+        if not self.policy.interactive:
+            call.timer = loop.call_later(self.deadline_s, self._expire, call)
         call.task = loop.create_task(self._act(call))
 
     async def _act(self, call: _Call) -> None:

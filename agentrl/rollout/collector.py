@@ -11,23 +11,29 @@ import inspect
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import InfrastructureError, UserError
-from agentrl.policy import Policy, PolicyAction, PolicyRequest, Sampling
+from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, Sampling
 from agentrl.rollout.batcher import Batcher, Clock
+from agentrl.rollout.direct import DirectEpisode
 from agentrl.rollout.episode import Episode, Shared
 from agentrl.rollout.executors import EnvironmentPool
 from agentrl.rollout.loop import run
 from agentrl.rollout.outcome import score
+from agentrl.rollout.summary import Summary, summarise
 from agentrl.rollout.tasks import Job, Task, jobs_of
 from agentrl.rollout.watchdog import Watchdog
 from agentrl.types import Content, StopReason, Trajectory
 
 log = logging.getLogger("agentrl.rollout")
+
+_BREATH_S = 0.05
+"""Seconds after which direct episodes let the event loop look at signals."""
 
 
 @dataclass
@@ -46,6 +52,28 @@ class Collected:
     """Number of final trajectories per stop reason that occurred."""
 
 
+@dataclass
+class _Ended:
+    """The episodes that came to an end, or only what must be known of them."""
+
+    keep: bool
+    retried: int = 0
+    reasons: Counter[StopReason] = field(default_factory=Counter)
+    acted: bool = False
+    """Some episode has a turn."""
+    first: tuple[tuple[int, int], Episode] | None = None
+    kept: list[tuple[tuple[int, int], Trajectory]] = field(default_factory=list)
+
+    def add(self, order: tuple[int, int], episode: Episode) -> None:
+        trajectory = episode.trajectory
+        self.reasons[trajectory.stop_reason] += 1
+        self.acted = self.acted or episode.played > 0
+        if self.first is None or order < self.first[0]:
+            self.first = (order, episode)
+        if self.keep:
+            self.kept.append((order, trajectory))
+
+
 class Collector:
     """Plays episodes. Keeps environments alive between calls; a context manager.
 
@@ -56,6 +84,8 @@ class Collector:
         outcome: how an episode is scored when it ends.
         evaluation: play with ``env.eval_kwargs`` over ``env.kwargs``.
         on_episode: called with every finished trajectory, for progress bars.
+        on_summary: called with the summary of every job's last episode, for statistics. Where that is all that is
+            wanted (``collect(keep=False)`` without `on_episode`), direct episodes keep no turns.
         watchdog_s: after this many seconds without an event, what is being waited for is logged.
     """
 
@@ -68,10 +98,11 @@ class Collector:
         *,
         evaluation: bool = False,
         on_episode: Callable[[Trajectory], None] | None = None,
+        on_summary: Callable[[Summary], None] | None = None,
         watchdog_s: float = 60.0,
     ) -> None:
         self.policy, self.rollout, self.outcome = policy, rollout, outcome
-        self.on_episode = on_episode
+        self.on_episode, self.on_summary = on_episode, on_summary
         self.watchdog_s = watchdog_s
         self.pool = EnvironmentPool(env, rollout.executor, evaluation=evaluation)
         self._busy = False
@@ -94,6 +125,7 @@ class Collector:
         seed: int = 0,
         iteration: int = 0,
         label: str = "",
+        keep: bool = True,
     ) -> Collected:
         """Plays every member of every task once, and again where infrastructure failed, up to `rollout.retries` times.
 
@@ -103,13 +135,15 @@ class Collector:
             seed: together with iteration, task seed, member and turn it seeds each action.
             iteration: written into the trajectories.
             label: what this collection is called in logs and episode keys.
+            keep: False: episodes go to `on_episode` and are forgotten, so that a long collection takes no memory;
+                `Collected.trajectories` and `failed` stay empty.
 
         Raises:
             UserError: the tasks, the environment or its arguments are not usable, or members of a group do not start
                 from the same observation.
             InfrastructureError: every single episode failed, all for the same reason.
         """
-        return run(self.collect_async(tasks, sampling=sampling, seed=seed, iteration=iteration, label=label))
+        return run(self.collect_async(tasks, sampling=sampling, seed=seed, iteration=iteration, label=label, keep=keep))
 
     async def collect_async(
         self,
@@ -119,6 +153,7 @@ class Collector:
         seed: int = 0,
         iteration: int = 0,
         label: str = "",
+        keep: bool = True,
     ) -> Collected:
         """`collect`, for a running event loop."""
         jobs = jobs_of(tasks, seed, iteration)
@@ -135,15 +170,16 @@ class Collector:
                     sampling=sampling or _sampling(self.rollout),
                     batcher=batcher,
                     clock=clock,
-                    lanes=asyncio.Semaphore(self.rollout.workers),
+                    lanes=nullcontext() if self.pool.executor == "async" else asyncio.Semaphore(self.rollout.workers),
                     iteration=iteration,
                     label=f"{label}/" if label else "",
                 )
                 try:
-                    ended, retried = await self._play_all(shared, jobs, live)
+                    ended = await self._play_all(shared, jobs, live, _Ended(keep))
                 finally:
                     await batcher.close()
-        return _collected(ended, retried, clock, self.rollout.max_context_tokens, shared.sampling)
+                    await self.pool.settle()
+        return _collected(ended, clock, self.rollout.max_context_tokens, shared.sampling)
 
     @contextmanager
     def _alone(self) -> Any:
@@ -157,33 +193,45 @@ class Collector:
         finally:
             self._busy = False
 
-    async def _play_all(self, shared: Shared, jobs: list[Job], live: dict[Episode, None]) -> tuple[list[Episode], int]:
-        """Plays `jobs` with as many coroutines as episodes may live at once. Returns the episodes and the retries."""
+    async def _play_all(self, shared: Shared, jobs: list[Job], live: dict[Episode, None], ended: _Ended) -> _Ended:
+        """Plays `jobs` with as many coroutines as episodes may live at once."""
         waiting = deque(jobs)
-        ended: dict[tuple[int, int], Episode] = {}
-        retried = 0
         told: set[StopReason] = set()
+        direct = _is_direct(self.policy, self.pool)
+        record = ended.keep or self.on_episode is not None
+        main = asyncio.current_task()
+        assert main is not None
 
         async def play_some() -> None:
-            nonlocal retried
             shared.batcher.arriving()
+            breath = perf_counter()
             try:
                 while waiting:
                     job = waiting.popleft()
                     for attempt in range(self.rollout.retries + 1):
-                        episode = await self._play(shared, job, attempt, live)
-                        if episode.trajectory.scorable or attempt == self.rollout.retries:
+                        if direct:
+                            episode: Episode = self._play_now(shared, job, attempt, live, record, main.cancelling)
+                        else:
+                            episode = await self._play(shared, job, attempt, live)
+                        if episode.trajectory.scorable or attempt == self.rollout.retries or self.policy.interactive:
                             break
-                        retried += 1
+                        ended.retried += 1
                         self._report(episode, told)
-                    ended[job.order] = episode
-                    self._finished(episode.trajectory)
+                    if record or not direct:
+                        self._finished(episode.trajectory)
+                    if self.on_summary is not None:
+                        self.on_summary(self._summary(episode))
+                    ended.add(job.order, episode)
+                    if direct and perf_counter() - breath > _BREATH_S:
+                        await asyncio.sleep(0)
+                        breath = perf_counter()
             finally:
                 shared.batcher.away()
 
-        # A worker process is one environment, so that there are no more episodes alive than workers.
-        limit = min(self.rollout.concurrency, self.rollout.workers if self.pool.executor == "process" else len(jobs))
-        players = [asyncio.create_task(play_some()) for _ in range(min(limit, len(jobs)))]
+        # A worker process is one environment, so that there are no more episodes alive than workers. Direct episodes
+        # never wait for anything: side by side they would only share the time of one.
+        alive = self.rollout.workers if self.pool.executor == "process" else 1 if direct else len(jobs)
+        players = [asyncio.create_task(play_some()) for _ in range(min(self.rollout.concurrency, alive, len(jobs)))]
         try:
             await asyncio.gather(*players)
         except BaseException:
@@ -191,7 +239,7 @@ class Collector:
                 player.cancel()
             await asyncio.gather(*players, return_exceptions=True)
             raise
-        return [ended[job.order] for job in jobs], retried
+        return ended
 
     async def _play(self, shared: Shared, job: Job, attempt: int, live: dict[Episode, None]) -> Episode:
         episode = Episode(shared, job, attempt)
@@ -204,6 +252,32 @@ class Collector:
         finally:
             del live[episode]
         return episode
+
+    def _play_now(
+        self,
+        shared: Shared,
+        job: Job,
+        attempt: int,
+        live: dict[Episode, None],
+        record: bool,
+        cancelled: Callable[[], int],
+    ) -> DirectEpisode:
+        episode = DirectEpisode(shared, job, attempt, record=record, cancelled=cancelled)
+        live[episode] = None
+        try:
+            episode.play_now()
+        except asyncio.CancelledError:
+            if record:
+                self._finished(episode.trajectory)
+            raise
+        finally:
+            del live[episode]
+        return episode
+
+    def _summary(self, episode: Episode) -> Summary:
+        if isinstance(episode, DirectEpisode):
+            return episode.summary(self.outcome)
+        return summarise(episode.trajectory, *episode.job.order)
 
     def _report(self, episode: Episode, told: set[StopReason]) -> None:
         """Logs why an episode is played again: the first time for each reason in full, then briefly."""
@@ -225,40 +299,63 @@ def _sampling(config: RolloutConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
 
 
-def _collected(episodes: list[Episode], retried: int, clock: Clock, limit: int, sampling: Sampling) -> Collected:
-    trajectories = [episode.trajectory for episode in episodes]
-    reasons = Counter(trajectory.stop_reason for trajectory in trajectories)
-    if len(reasons) == 1 and not trajectories[0].scorable:
-        first = episodes[0]
-        raise InfrastructureError(
-            f"every one of {len(episodes)} episodes ended with {trajectories[0].stop_reason.value!r}, after {retried} "
-            f"retries; the first: {first.trajectory.error}"
-        ) from first.cause
-    if episodes and all(one.stop_reason is StopReason.TOKEN_LIMIT and not one.turns for one in trajectories):
-        raise UserError(
-            f"no episode could act: the first prompt has {trajectories[0].metadata['refused_context_tokens']} tokens; "
-            f"with max_new_tokens={sampling.max_new_tokens} it passes rollout.max_context_tokens={limit}; raise that"
-        )
+def _is_direct(policy: Policy, pool: EnvironmentPool) -> bool:
+    """Whether policy and environment both answer at once, so that episodes need no event loop."""
+    plain = isinstance(policy, FunctionPolicy) and type(policy).act is FunctionPolicy.act
+    return plain and pool.executor == "inline"
+
+
+def _collected(ended: _Ended, clock: Clock, limit: int, sampling: Sampling) -> Collected:
+    reasons, count = ended.reasons, ended.reasons.total()
+    if ended.first is not None:
+        first = ended.first[1].trajectory
+        if len(reasons) == 1 and not first.scorable:
+            raise InfrastructureError(
+                f"every one of {count} episodes ended with {first.stop_reason.value!r}, after {ended.retried} "
+                f"retries; the first: {first.error}"
+            ) from ended.first[1].cause
+        if set(reasons) == {StopReason.TOKEN_LIMIT} and not ended.acted:
+            raise UserError(
+                f"no episode could act: the first prompt has {first.metadata['refused_context_tokens']} tokens; with "
+                f"max_new_tokens={sampling.max_new_tokens} it passes rollout.max_context_tokens={limit}; raise that"
+            )
+    kept = [trajectory for _, trajectory in sorted(ended.kept, key=lambda one: one[0])]
     return Collected(
-        trajectories=[one for one in trajectories if one.scorable],
-        failed=[one for one in trajectories if not one.scorable],
-        retried=retried,
+        trajectories=[one for one in kept if one.scorable],
+        failed=[one for one in kept if not one.scorable],
+        retried=ended.retried,
         seconds=clock.seconds(),
         counts={reason.value: reasons[reason] for reason in StopReason if reasons[reason]},
     )
 
 
-class _ObservationPolicy(Policy):
-    """A plain function ``observation -> action`` as a policy; an async one is called concurrently."""
+class _AsyncPolicy(Policy):
+    """An async function ``observation -> action`` as a policy; episodes wait for it side by side."""
 
-    def __init__(self, function: Callable[[Content], str | Awaitable[str]]) -> None:
-        self._function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
-        self.batched = not any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+    batched = False
+
+    def __init__(self, function: Callable[[Content], Awaitable[str]], name: str) -> None:
+        self._function, self.name = function, name
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
-        texts = [self._function(request.observation) for request in requests]
-        return [PolicyAction(text if isinstance(text, str) else await text) for text in texts]
+        return [PolicyAction(await self._function(request.observation)) for request in requests]
+
+
+def as_policy(policy: Policy | Callable[[Content], str | Awaitable[str]]) -> Policy:
+    """Returns `policy`, or the policy that a function ``observation -> action`` is, plain or async.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if not callable(policy):
+        raise UserError(f"policy is a Policy or a function observation -> action, not {type(policy).__name__}")
+    name = str(getattr(policy, "__name__", type(policy).__name__))
+    function: Any = policy
+    if any(map(inspect.iscoroutinefunction, (policy, type(policy).__call__))):
+        return _AsyncPolicy(function, name)
+    return FunctionPolicy(function, name, reads="observation")
 
 
 def collect(
@@ -294,10 +391,7 @@ def collect(
         raise UserError(
             f"episodes={episodes} cannot be dealt out to groups of group_size={group_size}; make episodes a multiple"
         )
-    if not isinstance(policy, Policy):
-        if not callable(policy):
-            raise UserError(f"policy is a Policy or a function observation -> action, not {type(policy).__name__}")
-        policy = _ObservationPolicy(policy)
+    policy = as_policy(policy)
     config = EnvConfig(id=env) if isinstance(env, str) else env
     tasks = [Task(seed + i, f"{seed + i}", group_size) for i in range(episodes // group_size)]
     with Collector(

@@ -19,7 +19,7 @@ from agentrl.errors import AgentRLError
 from agentrl.types import Content, ImageSpan
 
 if TYPE_CHECKING:
-    from agentrl.models.chat import ChatCodec
+    from agentrl.models.chat import ChatCodec, Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +44,35 @@ class ContextBuilder:
         codec: turns conversation into ids.
         instructions: system prompt.
         window: number of past turns that stay visible; None keeps all.
+        tools: schemas of the tools that `instructions` tell of (``info["tool_schemas"]`` of `reset`).
+        as_template: earlier turns are shown as the chat template shows them, without the thinking that it drops. Where
+            that is not what was sampled, a new row starts.
     """
 
-    def __init__(self, codec: ChatCodec, instructions: str, window: int | None = None) -> None:
+    def __init__(
+        self,
+        codec: ChatCodec,
+        instructions: str,
+        window: int | None = None,
+        tools: Tools = (),
+        *,
+        as_template: bool = False,
+    ) -> None:
         self._codec = codec
+        self._as_template = as_template and codec.rewrites
+        self._tools = tools
         self._instructions = instructions
         self._window = window
         self._turns = 0
+        self._rewritten = False
+        """Whether the template shows the last turn otherwise than it was sampled."""
         self._row: list[int] = []
         self._sent: list[int] = []
         self._actions: list[int] = []
         self._observation: Content = ""
         self._images: list[ImageSpan] = []
-        self._past: deque[tuple[Content, list[int]]] = deque(maxlen=window or 0)
+        kept = None if window is None and self._as_template else window or 0
+        self._past: deque[tuple[Content, list[int]]] = deque(maxlen=kept)
 
     def observe(self, observation: Content) -> Context:
         """Returns the context in which the next action is to be sampled.
@@ -66,15 +82,17 @@ class ContextBuilder:
         """
         self._observation = observation
         if self._turns == 0:
-            self._row = prompt = list(self._codec.start(self._instructions, observation))
+            self._row = prompt = list(self._codec.start(self._instructions, observation, self._tools))
             new_row = True
-        elif self._window is None or self._turns <= self._window:
+        elif (self._window is None or self._turns <= self._window) and not self._rewritten:
             prompt = list(self._codec.extend(self._actions, observation))
             self._row = [*self._row, *self._actions, *prompt]
             self._check_prefix()
             new_row = False
         else:
-            self._row = prompt = list(self._codec.window(self._instructions, list(self._past), observation))
+            past = list(self._past)
+            form = {"as_template": True} if self._as_template else {}
+            self._row = prompt = list(self._codec.window(self._instructions, past, observation, self._tools, **form))
             new_row = True
         self._sent = list(self._row)
         images = self._images_in(prompt, new_row)
@@ -86,8 +104,10 @@ class ContextBuilder:
         """Records the ids sampled after the last `observe`."""
         self._actions = list(action_ids)
         self._turns += 1
-        if self._window:
-            self._past.append((self._observation, self._actions))
+        if self._past.maxlen != 0:
+            shown = self._codec.as_template(action_ids) if self._as_template else self._actions
+            self._rewritten = shown != self._actions or (self._as_template and self._codec.rewrites_prompt)
+            self._past.append((self._observation, shown))
 
     def _images_in(self, prompt: list[int], new_row: bool) -> list[ImageSpan]:
         """Returns the pictures in `prompt`, found from its end backwards, observation by observation."""
@@ -99,12 +119,14 @@ class ContextBuilder:
         if all(isinstance(observation, str) for observation, _ in shown):
             return []
         spans: list[ImageSpan] = []
-        end = len(prompt)
+        end, more = len(prompt), 0
         for observation, actions in reversed(shown):
             if not isinstance(observation, str):
-                spans = [span.moved(end) for span in self._codec.image_spans(observation)] + spans
+                spans = [span.moved(end - more) for span in self._codec.image_spans(observation)] + spans
             if len(shown) > 1:
-                end -= len(self._codec.extend(actions, observation)) + len(actions)
+                end -= len(self._codec.extend(actions, observation)) + more + len(actions)
+            # What stands before actions that are past may be longer or shorter than what stands before one to come.
+            more = self._codec.past_prompt_excess if self._as_template else 0
         return spans
 
     def _check_prefix(self) -> None:

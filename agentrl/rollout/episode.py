@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,7 @@ from agentrl.rollout.batcher import Answer, Batcher, Cancelled, Clock
 from agentrl.rollout.context import Context, ContextBuilder
 from agentrl.rollout.executors import Environment, EnvironmentPool, Method
 from agentrl.rollout.seeds import action_seed
-from agentrl.rollout.tasks import Job, Starts
+from agentrl.rollout.tasks import Job, Starts, Task
 from agentrl.rollout.values import checked_observation, checked_step, jsonable, stored_info
 from agentrl.types import Content, Message, StopReason, Trajectory, Turn
 
@@ -47,8 +48,8 @@ class Shared:
     sampling: Sampling
     batcher: Batcher
     clock: Clock
-    lanes: asyncio.Semaphore
-    """Slow environment calls that may run at once."""
+    lanes: AbstractAsyncContextManager[Any]
+    """Held during a slow environment call: a semaphore, where they are bounded."""
     iteration: int
     label: str
     starts: Starts = field(default_factory=Starts)
@@ -68,16 +69,8 @@ class Episode:
         self.state = "about to start"
         self.since = perf_counter()
         self.cause: BaseException | None = None
-        self.trajectory = Trajectory(
-            id=f"{task.group_id}/{job.order[1]}",
-            group_id=task.group_id,
-            env=pool.env_id,
-            task={"kwargs": jsonable(pool.kwargs), "options": jsonable(task.options)},
-            seed=task.seed,
-            iteration=shared.iteration,
-            policy=shared.policy.name,
-        )
         self._shared = shared
+        self.trajectory = self._begin(task, pool.env_id)
         self._environment: Environment | None = None
         self._messages: list[Message] = []
         self._observation: Content | None = None
@@ -88,6 +81,24 @@ class Episode:
         self._suspect = True
         """The environment may be broken: set while it is being called."""
 
+    def _begin(self, task: Task, env_id: str) -> Trajectory:
+        """Returns the trajectory, as yet without turns."""
+        shared = self._shared
+        return Trajectory(
+            id=f"{task.group_id}/{self.job.order[1]}",
+            group_id=task.group_id,
+            env=env_id,
+            task={"kwargs": jsonable(shared.pool.kwargs), "options": jsonable(task.options)},
+            seed=task.seed,
+            iteration=shared.iteration,
+            policy=shared.policy.name,
+        )
+
+    @property
+    def played(self) -> int:
+        """Turns so far."""
+        return len(self.trajectory.turns)
+
     async def play(self) -> Trajectory:
         """Plays to the end, whatever the end is.
 
@@ -97,7 +108,9 @@ class Episode:
         """
         shared, trajectory = self._shared, self.trajectory
         deadline = shared.config.episode_deadline_s
-        timer = asyncio.get_running_loop().call_later(deadline, self._expire)
+        timer = None
+        if not shared.policy.interactive:
+            timer = asyncio.get_running_loop().call_later(deadline, self._expire)
         try:
             trajectory.stop_reason = await self._play()
         except InfrastructureError as error:
@@ -107,7 +120,8 @@ class Episode:
             trajectory.stop_reason, trajectory.error = StopReason.CANCELLED, "the collection was cancelled"
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             trajectory.final_observation = self._observation
             self._release()
         return trajectory
@@ -134,7 +148,9 @@ class Episode:
         trajectory.start_info = stored_info(info)
         shared.starts.check(trajectory, job, instructions, observation)
         if shared.codec is not None:
-            self._context = ContextBuilder(shared.codec, instructions, shared.window)
+            tools = trajectory.start_info.get("tool_schemas", ())
+            as_template = shared.config.past_turns == "template"
+            self._context = ContextBuilder(shared.codec, instructions, shared.window, tools, as_template=as_template)
         if instructions:
             self._messages.append(Message(role="system", content=instructions))
 
@@ -183,6 +199,7 @@ class Episode:
                 action_logprobs=action.logprobs or [],
                 new_row=context is None or context.new_row,
                 policy_version=action.version,
+                policy_versions=list(action.versions),
                 timings=timings,
                 **outcome,
             )
@@ -240,7 +257,7 @@ class Episode:
         return kind(f"{self._who()}: {error}")
 
     def _who(self) -> str:
-        where = f"turn {len(self.trajectory.turns)} of episode {self.trajectory.id}"
+        where = f"turn {self.played} of episode {self.trajectory.id}"
         return f"policy {self._shared.policy.name!r}, {where}"
 
     def _take_action(self, action: PolicyAction) -> None:
@@ -338,7 +355,7 @@ class Episode:
         deadline = self._shared.config.episode_deadline_s
         seconds = perf_counter() - self.since
         self._expired = DeadlineExceeded(
-            f"episode {self.trajectory.id} did not end within {deadline:g} s; after {len(self.trajectory.turns)} turns "
+            f"episode {self.trajectory.id} did not end within {deadline:g} s; after {self.played} turns "
             f"it was {self.state} for {seconds:.1f} s"
         )
         if self._answer is not None:
@@ -362,7 +379,7 @@ class Episode:
 
     def _where(self, method: str) -> str:
         trajectory = self.trajectory
-        turn = f", turn {len(trajectory.turns)}" if method == "step" else ""
+        turn = f", turn {self.played}" if method == "step" else ""
         return f"environment {trajectory.env!r}, {method} of episode {trajectory.id} (seed {trajectory.seed}{turn})"
 
 

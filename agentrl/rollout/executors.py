@@ -1,9 +1,12 @@
-"""Where environments run: on the event loop, in a thread each, or in a process each.
+"""Where environments run: on the event loop, in a thread each, in a process each, or behind a server.
 
 An environment that declares ``fast = True`` is called directly. Any other gets a thread of its own for its whole life
 (many libraries tie handles to a thread), or a worker process; a semaphore in the collector bounds how many of them work
 at once. A call that misses its deadline is given up together with its environment: the thread is left to end by
 itself, the process is killed, and the next episode gets a fresh environment.
+
+An environment that is served elsewhere (`agentrl.remote`) is awaited on the event loop: no thread, no bound but
+`rollout.concurrency`.
 
 Not a `ThreadPoolExecutor`: a hung call would hold its slot for ever and keep the interpreter from exiting.
 """
@@ -11,18 +14,24 @@ Not a `ThreadPoolExecutor`: a hung call would hold its slot for ever and keep th
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import gymnasium as gym
 
 from agentrl.config.schema import EnvConfig
 from agentrl.envs import make
 from agentrl.errors import DeadlineExceeded, EnvironmentFailure, UserError
+from agentrl.remote.address import is_ours
+from agentrl.rollout.values import jsonable
+
+if TYPE_CHECKING:
+    from agentrl.remote.env import Fleet, RemoteEnv
 
 log = logging.getLogger("agentrl.rollout")
 
@@ -39,6 +48,7 @@ class Host(Protocol):
     def make(self) -> None: ...
     def reset(self, seed: int, options: dict[str, Any]) -> Reset: ...
     def step(self, action: str) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -58,6 +68,9 @@ class LocalHost:
         env_id, max_turns, kwargs, wrappers = self._arguments
         self._env = make(env_id, max_turns=max_turns, wrappers=wrappers, **kwargs)
         self.fast = bool(getattr(self._env.unwrapped, "fast", False))
+        self._speaker: Any = self._env
+        while isinstance(self._speaker, gym.Wrapper) and not hasattr(self._speaker, "instructions"):
+            self._speaker = self._speaker.env
 
     def reset(self, seed: int, options: dict[str, Any]) -> Reset:
         assert self._env is not None
@@ -65,12 +78,38 @@ class LocalHost:
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise EnvironmentFailure(f"returned {answer!r:.80}; wanted (observation, info)")
         observation, info = answer
-        has = self._env.has_wrapper_attr("instructions")
-        return observation, info, str(self._env.get_wrapper_attr("instructions")) if has else ""
+        return observation, info, str(getattr(self._speaker, "instructions", ""))
 
     def step(self, action: str) -> Any:
         assert self._env is not None
         return self._env.step(action)
+
+    def stepper(self) -> Callable[[str], Any]:
+        """`step` for many calls in a row: that of the environment itself."""
+        assert self._env is not None
+        return self._env.step
+
+    def describe(self) -> dict[str, Any]:
+        """What the environment is, in plain types: the fields of a server's `EnvSpec` and its local arguments."""
+        assert self._env is not None
+        base: Any = self._env.unwrapped
+        span = getattr(base, "reward_range", None)
+        local = getattr(base, "local_arguments", None)
+        spec = self._env.spec
+        return {
+            "instructions": str(getattr(base, "instructions", "")),
+            "observation_space": repr(self._env.observation_space),
+            "action_space": repr(self._env.action_space),
+            "max_turns": None if spec is None else spec.max_episode_steps,
+            "tools": jsonable(getattr(base, "tools", [])),
+            "reward_range": None if span is None else (float(span[0]), float(span[1])),
+            "provides": jsonable(getattr(base, "provides", {})),
+            "single_task": bool(getattr(base, "single_task", False)),
+            "hard": bool(getattr(base, "hard", False)),
+            "fast": self.fast,
+            "defaults": jsonable({**_defaults(type(base)), **({} if spec is None else spec.kwargs)}),
+            "local_arguments": None if local is None else frozenset(local),
+        }
 
     def close(self) -> None:
         if self._env is not None:
@@ -78,6 +117,12 @@ class LocalHost:
 
     def kill(self) -> None:
         pass
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    """Returns the named parameters that have a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "render_mode"}
 
 
 class Environment:
@@ -161,6 +206,44 @@ class Environment:
             log.warning("closing an environment failed", exc_info=True)
 
 
+class RemoteEnvironment(Environment):
+    """A served environment as an episode sees it: what is submitted runs as a task on the event loop."""
+
+    def __init__(self, env: RemoteEnv) -> None:
+        super().__init__(LocalHost("", None, {}), threaded=True)
+        self.made = True
+        self._env = env
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(self, method: Method, arguments: tuple[Any, ...], future: asyncio.Future[tuple[bool, Any]]) -> None:
+        self.busy = True
+        self._task = future.get_loop().create_task(self._work(method, arguments, future))
+
+    def discard(self) -> None:
+        """Ends the session without waiting; a call under way is called off."""
+        if self._task is not None:
+            self._task.cancel()
+        self._env.leave()
+
+    def join(self, timeout: float) -> bool:
+        return True
+
+    async def _work(self, method: Method, arguments: tuple[Any, ...], future: asyncio.Future[tuple[bool, Any]]) -> None:
+        answer: tuple[bool, Any]
+        try:
+            if method == "reset":
+                seed, options = arguments
+                observation, info = await self._env.areset(seed=seed, options=options)
+                answer = True, (observation, info, self._env.instructions)
+            else:
+                answer = True, await self._env.astep(*arguments)
+        except Exception as error:
+            answer = False, error
+        self.busy = False
+        if not future.done():
+            future.set_result(answer)
+
+
 class EnvironmentPool:
     """Environments of one configuration, made on demand and kept between episodes and collections."""
 
@@ -176,8 +259,13 @@ class EnvironmentPool:
         self._numbers = itertools.count()
         self._free: list[Environment] = []
         self._out: set[Environment] = set()
+        self._fleet: Fleet | None = None
+        """Of a served environment that is awaited."""
 
     def _new(self) -> Environment:
+        if self._fleet is not None:
+            self.made += 1
+            return RemoteEnvironment(self._fleet.episode())
         host: Host
         if self.executor == "process":
             from agentrl.rollout.process import ProcessHost
@@ -196,6 +284,10 @@ class EnvironmentPool:
             UserError: the environment does not exist or refuses its arguments.
             DeadlineExceeded: it was not made within `deadline_s`.
         """
+        if is_ours(self.env_id) and self.executor in ("auto", "async"):
+            self._reach()
+        if self.executor == "async" and self._fleet is None:
+            raise UserError(f"rollout.executor=async is for served environments (URLs); {self.env_id!r} is none")
         if self.executor != "auto":
             return
         environment = self._new()
@@ -221,6 +313,19 @@ class EnvironmentPool:
             environment.inline()
         self._free.append(environment)
 
+    def _reach(self) -> None:
+        """Prepares a served environment: nothing is sent before the first episode."""
+        from agentrl.remote.env import Fleet
+
+        if self._fleet is None:
+            self._fleet = Fleet(self.env_id, max_turns=self._max_turns, wrappers=self._wrappers, **self.kwargs)
+        self.executor = "async"
+
+    async def settle(self) -> None:
+        """Ends a collection on the running event loop: sessions and connections of served environments are closed."""
+        if self._fleet is not None:
+            await self._fleet.settle()
+
     def take(self) -> Environment:
         """Returns a free environment, or a new one that is still to be made."""
         environment = self._free.pop() if self._free else self._new()
@@ -230,7 +335,7 @@ class EnvironmentPool:
     def give_back(self, environment: Environment, *, usable: bool) -> None:
         """Takes an environment back; one that is not `usable` is ended."""
         self._out.discard(environment)
-        if usable and environment.made and not environment.busy:
+        if usable and environment.made and not environment.busy and self._fleet is None:
             self._free.append(environment)
             return
         environment.discard()

@@ -28,11 +28,23 @@ def score(trajectory: Trajectory, config: OutcomeConfig) -> tuple[float, bool]:
     if not trajectory.scorable:
         return 0.0, False
     solved = bool(trajectory.turns and trajectory.turns[-1].info.get("success", False))
+    return judged(solved, trajectory.total_reward, trajectory.truncated, config)
+
+
+def judged(solved: bool, total: float, truncated: bool, config: OutcomeConfig) -> tuple[float, bool]:
+    """`score` of a scorable episode, from the numbers alone.
+
+    Args:
+        solved: the environment's word.
+        total: sum of the environment's rewards.
+        truncated: a limit cut it off.
+        config: the rule.
+    """
     if config.rule == "success":
         outcome, success = float(solved), solved
     else:
-        outcome = float(trajectory.total_reward)
+        outcome = float(total)
         success = solved if config.success_above is None else outcome > config.success_above
-    if config.truncated == "failure" and trajectory.truncated:
+    if config.truncated == "failure" and truncated:
         return min(outcome, 0.0), False
     return outcome, success

@@ -82,6 +82,10 @@ class ProcessHost:
     def step(self, action: str) -> Any:
         return self._ask("step", action)
 
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = self._ask("describe")
+        return described
+
     def close(self) -> None:
         if self._process is None:
             return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentrl.errors import UserError
-from agentrl.rollout.seeds import episode_seed
+from agentrl.rollout.seeds import mix
 from agentrl.types import Content, Trajectory
 
 
@@ -22,10 +22,11 @@ class Task:
     members: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     """Options given to `reset`."""
+    skip: frozenset[int] = frozenset()
+    """Members that are not played: an earlier collection has them. All others keep their numbers and seeds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One episode that is to be played."""
 
     task: Task
@@ -47,15 +48,16 @@ def jobs_of(tasks: Sequence[Task], seed: int, iteration: int) -> list[Job]:
     repeated = [group for group, count in Counter(task.group_id for task in tasks).items() if count > 1]
     if repeated:
         raise UserError(f"several tasks have the group_id {repeated[0]!r}; give each task its own")
-    played: Counter[int] = Counter()
-    jobs = []
+    played: dict[int, int] = {}
+    jobs, base = [], mix(mix(0, seed), iteration)
     for place, task in enumerate(tasks):
         if task.members < 1:
             raise UserError(f"task {task.group_id!r} has members={task.members}; a group has at least one")
+        before, root = played.get(task.seed, 0), mix(base, task.seed)
+        played[task.seed] = before + task.members
         for member in range(task.members):
-            state = episode_seed(seed, iteration, task.seed, played[task.seed] + member)
-            jobs.append(Job(task, (place, member), state))
-        played[task.seed] += task.members
+            if member not in task.skip:
+                jobs.append(Job(task, (place, member), mix(root, before + member)))  # `episode_seed`
     return jobs
 
 

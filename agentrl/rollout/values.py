@@ -38,6 +38,8 @@ def jsonable(value: Any, depth: int = _DEPTH) -> Any:
         return value
     if depth == 0:
         return repr(value)
+    if type(value) is dict:  # the common cases first: this runs for every turn
+        return {str(k): v if type(v) in _PLAIN else jsonable(v, depth - 1) for k, v in value.items()}
     if isinstance(value, Enum):
         return jsonable(value.value, depth - 1)
     if isinstance(value, np.ndarray | np.generic):
@@ -95,6 +97,8 @@ def checked_step(answer: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         raise EnvironmentFailure(
             f"returned {answer!r:.80}; wanted (observation, reward, terminated, truncated, info)"
         ) from None
+    if type(reward) is float and type(info) is dict and math.isfinite(reward):
+        return observation, reward, bool(terminated), bool(truncated), info.copy()
     if not isinstance(info, Mapping):
         raise EnvironmentFailure(f"returned the info {info!r:.80}; wanted a dict")
     try:

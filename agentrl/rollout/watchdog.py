@@ -53,7 +53,7 @@ class Watchdog:
         states = Counter(episode.state for episode in episodes)
         oldest = min(episodes, key=lambda episode: episode.since)
         counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
-        what = f"{oldest.trajectory.id} (seed {oldest.trajectory.seed}, turn {len(oldest.trajectory.turns)})"
+        what = f"{oldest.trajectory.id} (seed {oldest.trajectory.seed}, turn {oldest.played})"
         return (
             head + f"of {len(episodes)} live episodes: {counts}; oldest: episode {what}, {oldest.state} for "
             f"{now - oldest.since:.0f} s"

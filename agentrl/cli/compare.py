@@ -1,0 +1,179 @@
+"""``agentrl compare`` and ``leaderboard``: is B better than A, and who is best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from agentrl.cli.common import check_output, console, errors
+from agentrl.cli.evaluate import short
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from agentrl.evaluate.compare import Comparison, Difference
+    from agentrl.evaluate.suite import Leaderboard, Suite
+    from agentrl.rollout import Summary
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `compare` and `leaderboard`."""
+    app.command("compare")(compare)
+    app.command("leaderboard")(leaderboard)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of an evaluation, or a trajectory file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Likewise: is this one better?")],
+    env: Annotated[str | None, typer.Option(metavar="ID", help="Compare in this environment alone.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the comparison to this file.")
+    ] = None,
+) -> None:
+    """Tell whether B is better than A, task by task.
+
+    Both must have played the same environments with the same arguments; tasks are paired by seed.
+
+    Example:  [b]agentrl compare runs/eval-base runs/eval-trained[/b]
+    """
+    from agentrl.evaluate.compare import compare as measure
+
+    if json is not None:
+        check_output(json)
+    found = measure(a, b, env=env)
+    if json is not None:
+        _write(found, json)
+    console.print(_compared(found))
+    for line in verdict(found):
+        console.print(Text(line))
+
+
+def _compared(found: Comparison) -> Table:
+    result = Table(title=f"B - A on {found.tasks:,} tasks", title_justify="left", title_style="bold")
+    result.add_column("")
+    for column in ("A", "B", "difference (95 %)", "p"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for name, one, percent in (("success", found.success, True), ("outcome", found.outcome, False)):
+        result.add_row(name, *_cells(one, percent), f"{one.p:.4f}" if one.p >= 1e-4 else "< 0.0001")
+    return result
+
+
+def _cells(one: Difference, percent: bool) -> tuple[str, str, str]:
+    def number(value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3g}"
+
+    unit, spread = "%" if percent else "", ""
+    if one.difference.low is not None and one.difference.high is not None:
+        spread = f" \\[{number(one.difference.low, '+')}, {number(one.difference.high, '+')}]"
+    return number(one.a) + unit, number(one.b) + unit, number(one.difference.value, "+") + spread
+
+
+def verdict(found: Comparison) -> list[str]:
+    """Returns what the numbers say, and what is not in them, one sentence a line."""
+    one = found.success
+    if one.p <= 0.05:
+        better = "B succeeds more often" if one.difference.value > 0 else "A succeeds more often"
+        lines = [f"{better} (p = {one.p:.3g})."]
+    else:
+        lines = [f"No difference in success could be shown (p = {one.p:.3g})."]
+    lines.append(f"A: {found.a}, {found.episodes_a:,} episodes. B: {found.b}, {found.episodes_b:,} episodes.")
+    if found.only_a or found.only_b:
+        lines.append(f"Left out, as only one side played them: {found.only_a:,} tasks of A, {found.only_b:,} of B.")
+    if found.failures_a or found.failures_b:
+        lines.append(f"Infrastructure failures, in no figure: {found.failures_a:,} of A, {found.failures_b:,} of B.")
+    return lines
+
+
+def leaderboard(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="YAML file: environments and policies.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the suite; the same command plays the rest.")],
+) -> None:
+    """Play several policies in several environments and rank them.
+
+    Writes [b]leaderboard.md[/b] and [b]leaderboard.json[/b], and every episode, to the folder.
+
+    Example:  [b]agentrl leaderboard benchmarks/leaderboard.yaml --out runs/leaderboard[/b]
+    """
+    from agentrl.evaluate.suite import load_suite, play_suite
+
+    loaded = load_suite(suite)
+    try:
+        with _SuiteProgress(loaded) as progress:
+            board = play_suite(loaded, out, on_summary=progress)
+    except KeyboardInterrupt:
+        errors.print(f"{out} holds what was played; the same command plays the rest", soft_wrap=True)
+        raise
+    console.print(ranking(board))
+    console.print(f"written to {out / 'leaderboard.md'} and {out / 'leaderboard.json'}", soft_wrap=True)
+
+
+class _SuiteProgress:
+    """A bar over all episodes of a suite."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[success]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            expand=True,
+        )
+        self._task = self._bar.add_task(suite.name, total=suite.episodes * len(suite.cells()), success="")
+        self._cell, self._scored, self._successes, self._done = ("", ""), 0, 0, 0
+
+    def __call__(self, policy: str, env: str, one: Summary) -> None:
+        from agentrl.evaluate import wilson
+
+        if self._cell != (policy, env):
+            self._cell, self._scored, self._successes = (policy, env), 0, 0
+        self._done += 1
+        self._scored += one.scorable
+        self._successes += one.success
+        if self._scored and (self._done % 16 == 0 or self._scored < 64):
+            shown = short(wilson(self._successes, self._scored))
+            self._bar.update(self._task, completed=self._done, description=f"{policy} {env}", success=shown)
+
+    def __enter__(self) -> _SuiteProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.update(self._task, completed=self._done)
+        self._bar.live.transient = kind is not None and not self._done
+        self._bar.stop()
+
+
+def ranking(board: Leaderboard) -> Table:
+    """Returns the leaderboard, best first; environments become rows where they would not fit beside each other."""
+    result = Table(title=board.name, title_justify="left", title_style="bold")
+    result.add_column("policy", style="cyan", overflow="fold")
+    wide = len(board.environments) <= 2
+    for column in board.environments if wide else ("environment", "success"):
+        result.add_column(column, justify="right" if wide or column == "success" else "left")
+    result.add_column("mean", justify="right")
+    for row in board.rows:
+        mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
+        cells = [short(row.results[env].success) if env in row.results else "-" for env in board.environments]
+        if wide:
+            result.add_row(row.policy, *cells, mean)
+            continue
+        for number, (env, cell) in enumerate(zip(board.environments, cells, strict=True)):
+            result.add_row(*(("", env, cell, "") if number else (row.policy, env, cell, mean)))
+        result.add_section()
+    return result
+
+
+def _write(found: BaseModel, path: Path) -> None:
+    from agentrl.files import atomic_write
+
+    with atomic_write(path) as file:
+        file.write(found.model_dump_json(indent=2).encode() + b"\n")

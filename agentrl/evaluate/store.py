@@ -1,0 +1,161 @@
+"""The folder of an evaluation: its settings, its episodes as they end, its result.
+
+    settings.json                       what was asked for
+    trajectories/0-Sokoban-v0.jsonl     one episode a line, appended when it ends; one file for each environment
+    result.json                         `EvalReport`, once complete
+
+A line is in the file before the next episode is counted, and on the disk within a second, so that a kill costs at most
+the episode whose line was being written. The same evaluation opened again plays what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from agentrl.buffer import read_jsonl, write_jsonl
+from agentrl.buffer.jsonl import append_line
+from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
+from agentrl.errors import DataError, UserError
+from agentrl.evaluate.result import EvalReport
+from agentrl.files import atomic_write, check_writable
+from agentrl.policy import ModelPolicy, Policy, Sampling
+from agentrl.rollout import Summary, summarise
+from agentrl.types import Trajectory
+
+SETTINGS, RESULT, EPISODES = "settings.json", "result.json", "trajectories"
+_SYNC_S = 1.0
+
+
+def identity(
+    policy: Policy,
+    policy_options: Mapping[str, Any] | None,
+    envs: Sequence[EnvConfig],
+    episodes: int,
+    per_task: int,
+    seed: int,
+    rollout: RolloutConfig,
+    sampling: Sampling,
+    outcome: OutcomeConfig,
+) -> dict[str, Any]:
+    """Returns the settings that decide what is played: an evaluation with others is another evaluation.
+
+    How it is played (concurrency, executor, deadlines, retries) is left out: it does not change the episodes.
+    """
+    who: dict[str, Any] = {"name": policy.name, "options": dict(policy_options or {})}
+    if isinstance(policy, ModelPolicy):
+        who["weights"] = policy.fingerprint()
+    return {
+        "policy": who,
+        "environments": [one.model_dump(mode="json") for one in envs],
+        "episodes": episodes,
+        "per_task": per_task,
+        "seed": seed,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": sampling.max_new_tokens,
+        },
+        "rollout": {"history": rollout.history, "max_context_tokens": rollout.max_context_tokens},
+        "outcome": outcome.model_dump(mode="json"),
+    }
+
+
+class EvalStore:
+    """The folder `folder` of the evaluation that `settings` (`identity`) define.
+
+    Raises:
+        UserError: it was made with other settings (names the first that differs), holds something else, or cannot be
+            written.
+        DataError: its settings cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        self.folder = check_writable(folder)
+        self._settings = json.loads(json.dumps(settings, default=repr))
+        self._file: Any = None
+        self._synced = 0.0
+        path = self.folder / SETTINGS
+        if path.exists():
+            self._check(path)
+        elif any(self.folder.iterdir()):
+            raise UserError(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
+        else:
+            _write_json(path, self._settings)
+
+    def _check(self, path: Path) -> None:
+        try:
+            stored = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}; choose another folder") from None
+        ours, theirs = dict(_flat(self._settings)), dict(_flat(stored))
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if key not in theirs or key not in ours or ours[key] != theirs[key]:
+                raise UserError(
+                    f"{str(self.folder)!r} holds an evaluation with {key}={theirs.get(key, 'not set')!r}, now "
+                    f"{key}={ours.get(key, 'not set')!r}; give it the same settings to complete it, or choose another "
+                    "folder"
+                )
+
+    def path(self, place: int, env_id: str) -> Path:
+        """Returns the file of the environment at `place`."""
+        return self.folder / EPISODES / f"{place}-{re.sub(r'[^A-Za-z0-9._-]+', '_', env_id).strip('_')}.jsonl"
+
+    def load(self, place: int, env_id: str, seed: int) -> list[Summary]:
+        """Returns the scorable episodes of an environment that an earlier call played.
+
+        What must be played again (infrastructure failures, a line that a kill cut off) is taken out of the file.
+        """
+        path = self.path(place, env_id)
+        if not path.exists():
+            return []
+        broken: list[DataError] = []
+        stored = read_jsonl(path, on_error="skip", on_skip=broken.append)
+        kept = {one.id: one for one in stored if one.scorable}
+        if broken or len(kept) < len(stored):
+            write_jsonl(path, kept.values())
+        return [summarise(one, one.seed - seed, int(one.id.rpartition("/")[2])) for one in kept.values()]
+
+    def append(self, place: int, env_id: str, trajectory: Trajectory) -> None:
+        """Writes an episode that has just ended."""
+        if self._file is None:
+            path = self.path(place, env_id)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        append_line(self._file, trajectory)
+        if monotonic() - self._synced > _SYNC_S:
+            os.fsync(self._file.fileno())
+            self._synced = monotonic()
+
+    def close(self) -> None:
+        """Closes the file of the environment that was being played; the next `append` opens that of another."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def write_result(self, report: EvalReport) -> None:
+        """Writes the result of a complete evaluation."""
+        with atomic_write(self.folder / RESULT) as file:
+            file.write(report.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and leaves; an empty container is a leaf."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items or not value:
+        yield prefix, value
+        return
+    for key, item in items:
+        yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")

@@ -1,0 +1,207 @@
+"""A suite: environments x policies from one YAML file, played into one folder, and the leaderboard of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from agentrl.config.load import check_keys, checked, read_yaml
+from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig, Section
+from agentrl.errors import UserError
+from agentrl.evaluate.evaluate import evaluate
+from agentrl.evaluate.result import EvalResult
+from agentrl.files import atomic_write
+from agentrl.policy import Policy, Sampling, load_policy
+from agentrl.rollout import Summary, run
+
+
+class Entrant(Section):
+    """A policy of a suite."""
+
+    policy: str = ""
+    """Its name (``agentrl policies`` lists all); with `model` empty takes ``transformers``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its options."""
+    model: str | None = None
+    """Model directory that acts."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Of a model's sampling; None takes the suite's rollout's, 0 is greedy."""
+    only: list[str] | None = None
+    """Names of the environments that it plays; None: all."""
+
+    @model_validator(mode="after")
+    def _somebody_acts(self) -> Entrant:
+        if not self.policy and self.model is None:
+            raise ValueError("who acts? give policy or model")
+        return self
+
+    def load(self) -> Policy:
+        """Makes the policy.
+
+        Raises:
+            UserError: no such policy, or an option that it does not take.
+        """
+        options = {**self.options, **({"model": self.model} if self.model is not None else {})}
+        name = self.policy or "transformers"
+        try:
+            return load_policy(name, **options)
+        except TypeError as error:
+            raise UserError(f"policy {name!r} cannot be made with {options}: {error}") from error
+
+
+class Suite(Section):
+    """Environments x policies, all on the same tasks."""
+
+    name: str = "suite"
+    episodes: int = Field(default=256, ge=1)
+    """Of each policy in each environment, a multiple of `per_task`."""
+    per_task: int = Field(default=1, ge=1)
+    """Episodes of each task."""
+    seed: int = 10**12
+    """Of the first task."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    outcome: OutcomeConfig = Field(default_factory=OutcomeConfig)
+    environments: dict[str, EnvConfig] = Field(min_length=1)
+    policies: dict[str, Entrant] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> Suite:
+        for name in (*self.environments, *self.policies):
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"the name {name!r} is also that of a folder: letters, digits, '.', '_' and '-' only")
+        for name, entrant in self.policies.items():
+            if unknown := [one for one in entrant.only or () if one not in self.environments]:
+                raise ValueError(
+                    f"policies.{name}.only names {unknown[0]!r}; environments are {', '.join(self.environments)}"
+                )
+        if self.episodes % self.per_task:
+            raise ValueError(f"episodes={self.episodes} is no multiple of per_task={self.per_task}")
+        return self
+
+    def cells(self) -> list[tuple[str, str]]:
+        """Returns (policy, environment) of everything that is played, in order."""
+        return [
+            (name, env)
+            for name, entrant in self.policies.items()
+            for env in self.environments
+            if entrant.only is None or env in entrant.only
+        ]
+
+
+class Row(BaseModel):
+    """A policy in a leaderboard."""
+
+    policy: str
+    results: dict[str, EvalResult]
+    """By environment."""
+    mean_success: float | None
+    """Over all environments, each weighing the same; None where it did not play all."""
+
+
+class Leaderboard(BaseModel):
+    """What a suite found, best first: by mean success, then those that did not play everywhere by name."""
+
+    name: str
+    environments: list[str]
+    rows: list[Row]
+
+    def markdown(self) -> str:
+        """Returns the table as Markdown, with 95 % intervals."""
+        head = ["policy", *self.environments, "mean"]
+        lines = [f"# {self.name}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for row in self.rows:
+            cells = [str(row.results[env].success) if env in row.results else "-" for env in self.environments]
+            mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
+            lines.append(f"| {' | '.join([row.policy, *cells, mean])} |")
+        failures = sum(one.infrastructure_failures for row in self.rows for one in row.results.values())
+        lines += ["", "Success with its 95 % interval, and the episodes it is out of."]
+        if failures:
+            lines.append(f"Infrastructure failures, in no figure: {failures}.")
+        return "\n".join(lines) + "\n"
+
+
+def load_suite(path: str | os.PathLike[str]) -> Suite:
+    """Returns the suite in a YAML file.
+
+    Raises:
+        ConfigError: no such file, an unknown key or a bad value; names file and line.
+    """
+    data, places = read_yaml(Path(path))
+    return checked(Suite, check_keys(Suite, data, "", places), places)
+
+
+def play_suite(
+    suite: Suite, out: str | os.PathLike[str], *, on_summary: Callable[[str, str, Summary], None] | None = None
+) -> Leaderboard:
+    """Plays what is missing of `suite` in the folder `out` and writes ``leaderboard.json`` and ``leaderboard.md``.
+
+    Each policy in each environment has its own folder there (`EvalStore`).
+
+    Args:
+        suite: what to play.
+        out: folder of the suite.
+        on_summary: called with policy, environment and the summary of each episode, those already there too.
+
+    Raises:
+        UserError: a policy or an environment cannot be made, or `out` holds cells of other settings.
+        InfrastructureError: a policy has no scorable episode in some environment.
+    """
+    folder = Path(out)
+    for name in dict.fromkeys(policy for policy, _ in suite.cells()):
+        run(suite.policies[name].load().aclose())  # a name that does not exist is told before anything is played
+    results: dict[str, dict[str, EvalResult]] = {}
+    for name, entrant in suite.policies.items():
+        mine = [env for policy, env in suite.cells() if policy == name]
+        policy = entrant.load()
+        try:
+            for env in mine:
+                results.setdefault(name, {})[env] = evaluate(
+                    policy,
+                    suite.environments[env],
+                    episodes=suite.episodes,
+                    per_task=suite.per_task,
+                    seed=suite.seed,
+                    rollout=suite.rollout,
+                    sampling=_sampling(suite.rollout, entrant.temperature),
+                    outcome=suite.outcome,
+                    out=folder / name / env,
+                    policy_options={**entrant.options, "model": entrant.model},
+                    on_summary=None if on_summary is None else _bound(on_summary, name, env),
+                )
+        finally:
+            run(policy.aclose())
+    board = leaderboard(suite.name, suite.environments, results)
+    for file, text in (
+        ("leaderboard.json", board.model_dump_json(indent=2) + "\n"),
+        ("leaderboard.md", board.markdown()),
+    ):
+        with atomic_write(folder / file) as stream:
+            stream.write(text.encode())
+    return board
+
+
+def leaderboard(name: str, environments: Iterable[str], results: dict[str, dict[str, EvalResult]]) -> Leaderboard:
+    """Returns the leaderboard of results by policy and environment."""
+    order = list(environments)
+    rows = []
+    for policy, found in results.items():
+        whole = all(env in found for env in order)
+        mean = fmean(found[env].success.value for env in order) if whole else None
+        rows.append(Row(policy=policy, results=found, mean_success=mean))
+    rows.sort(key=lambda row: (row.mean_success is None, -(row.mean_success or 0.0), row.policy))
+    return Leaderboard(name=name, environments=order, rows=rows)
+
+
+def _sampling(rollout: RolloutConfig, temperature: float | None) -> Sampling:
+    drawn = rollout.temperature if temperature is None else temperature
+    return Sampling(drawn, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def _bound(function: Callable[[str, str, Summary], None], policy: str, env: str) -> Callable[[Summary], None]:
+    return lambda summary: function(policy, env, summary)

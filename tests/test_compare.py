@@ -1,0 +1,138 @@
+"""`compare` pairs tasks, says what it leaves out and refuses what cannot be compared; suites rank policies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from agentrl.buffer import write_jsonl
+from agentrl.cli import app
+from agentrl.errors import ConfigError, DataError, UserError
+from agentrl.evaluate import wilson
+from agentrl.evaluate.compare import compare
+from agentrl.evaluate.suite import load_suite, play_suite
+from agentrl.types import StopReason, Trajectory
+
+
+def episodes(outcomes: dict[int, list[float]], env: str = "Toy-v0", **kwargs: Any) -> list[Trajectory]:
+    """Trajectories by seed; success where the outcome is positive."""
+    return [
+        Trajectory(
+            id=f"{env}-{seed}/{member}",
+            group_id=f"{env}-{seed}",
+            env=env,
+            task={"kwargs": kwargs, "options": {}},
+            seed=seed,
+            outcome=value,
+            success=value > 0,
+        )
+        for seed, values in outcomes.items()
+        for member, value in enumerate(values)
+    ]
+
+
+def test_tasks_are_paired_and_weigh_the_same_however_many_episodes_they_have() -> None:
+    a = episodes({1: [0.0], 2: [1.0, 0.0], 3: [0.0]})
+    b = episodes({1: [1.0], 2: [1.0], 3: [0.0, 0.0, 1.0, 1.0]})
+    found = compare(a, b)
+    assert (found.tasks, found.episodes_a, found.episodes_b) == (3, 4, 6)
+    assert (found.success.a, found.success.b) == pytest.approx((0.5 / 3, 2.5 / 3))
+    assert found.success.difference.value == pytest.approx(2 / 3)
+    assert found.success.p == pytest.approx(2 / 8)
+    assert compare(b, a).success.difference.value == pytest.approx(-2 / 3)
+
+
+def test_what_only_one_side_played_is_counted_and_left_out() -> None:
+    failed = episodes({4: [0.0]})[0].model_copy(update={"stop_reason": StopReason.POLICY_ERROR})
+    found = compare([*episodes({1: [1.0], 2: [0.0], 9: [1.0]}), failed], episodes({1: [1.0], 2: [1.0], 4: [1.0]}))
+    assert (found.tasks, found.only_a, found.only_b, found.failures_a, found.failures_b) == (2, 1, 1, 1, 0)
+
+
+def test_other_environments_and_arguments_are_refused_by_name() -> None:
+    a = [*episodes({1: [1.0]}), *episodes({1: [1.0]}, env="Maze-v0")]
+    with pytest.raises(UserError, match=r"A has episodes of Maze-v0, B has none; .*--env ID"):
+        compare(a, episodes({1: [1.0]}))
+    assert compare(a, episodes({1: [1.0]}), env="Toy-v0").tasks == 1
+    with pytest.raises(UserError, match="B has no episode of 'Maze-v0'; it has: Toy-v0"):
+        compare(a, episodes({1: [1.0]}), env="Maze-v0")
+    with pytest.raises(UserError, match=r"Toy-v0: A and B .* \(size=6 and size=8\)"):
+        compare(episodes({1: [1.0]}, size=6), episodes({1: [1.0]}, size=8))
+    with pytest.raises(UserError, match=r"no task in common \(seeds 1\.\.2 and 5\.\.5\)"):
+        compare(episodes({1: [1.0], 2: [1.0]}), episodes({5: [1.0]}))
+
+
+def test_damaged_and_empty_files_are_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "good.jsonl", episodes({1: [1.0]}))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"id": 3')
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("empty.jsonl", "holds no trajectory"),
+        ("broken.jsonl", "broken.jsonl line 1: cut off"),
+        ("nowhere.jsonl", "no trajectory file"),
+        ("folder", "no trajectory file in"),
+    ):
+        with pytest.raises(DataError, match=message):
+            compare(tmp_path / "good.jsonl", tmp_path / name)
+    failed = episodes({1: [0.0]})[0].model_copy(update={"stop_reason": StopReason.DEADLINE})
+    with pytest.raises(DataError, match="no episode that can be scored"):
+        compare([failed], episodes({1: [1.0]}))
+    assert compare(tmp_path / "good.jsonl", tmp_path / "good.jsonl").success.p == 1.0
+
+
+SUITE = """
+name: two boards
+episodes: 12
+environments:
+  small: {id: Sokoban-v0, kwargs: {max_solution: 3}}
+  lock: {id: Lock-v0}
+policies:
+  random: {policy: random}
+  expert: {policy: sokoban-solver, only: [small]}
+  hasty: {policy: sokoban-noisy-solver, options: {skill: 0.2}, only: [small]}
+"""
+
+
+def test_a_suite_ranks_policies_and_plays_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    suite = load_suite(tmp_path / "suite.yaml")
+    assert suite.cells() == [("random", "small"), ("random", "lock"), ("expert", "small"), ("hasty", "small")]
+    board = play_suite(suite, tmp_path / "out")
+    assert [row.policy for row in board.rows] == ["random", "expert", "hasty"], "those that played everywhere first"
+    assert board.rows[1].results["small"].success.value == 1.0
+    assert f"| expert | {wilson(12, 12)} | - | - |" in board.markdown()
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.jsonl")}
+    assert len(files) == 4
+    result = CliRunner().invoke(
+        app, ["leaderboard", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")], env={"COLUMNS": "80"}
+    )
+    assert result.exit_code == 0, result.output
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    rows = [(row["policy"], row["mean_success"]) for row in written["rows"]]
+    assert rows == [(row.policy, row.mean_success) for row in board.rows]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("only: [small]", "only: [big]", "names 'big'; environments are small, lock"),
+        ("{policy: random}", "{}", "who acts?"),
+        ("episodes: 12", "episodes: 12\nper_task: 5", "episodes=12 is no multiple of per_task=5"),
+        ("episodes: 12", "episods: 12", "unknown key 'episods'"),
+        ("  lock:", "  a/b:", "also that of a folder"),
+    ],
+)
+def test_a_suite_that_cannot_run_says_why(tmp_path: Path, old: str, new: str, message: str) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        load_suite(tmp_path / "suite.yaml")
+
+
+def test_the_shipped_suite_loads() -> None:
+    suite = load_suite(Path(__file__).parents[1] / "benchmarks" / "leaderboard.yaml")
+    assert len(suite.cells()) == 6

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import agentrl
+from agentrl.envs.tools import describe_tools, schema_of
 from agentrl.errors import ModelError
 from agentrl.models.chat import ChatCodec
 from agentrl.models.init import END, PAD, START, train_tokenizer
-from agentrl.types import ImagePart, TextPart
+from agentrl.rollout import ContextBuilder
+from agentrl.train.sft import tokenise
+from agentrl.types import ImagePart, TextPart, Trajectory
 
 BOARD = "######\n#@ $.#\n######"
 TEXTS = ["Answer with up, down, left or right.", BOARD, "up", "down", "left", "right", "model INST"]
@@ -282,3 +286,120 @@ def test_the_real_qwen3_tokenizer():
     assert played(codec, *texts) == rendered(tokenizer, *texts)
     quiet = ChatCodec(tokenizer, template_options={"enable_thinking": False})
     assert quiet.start("Sys", BOARD) == rendered(tokenizer, "Sys", BOARD, enable_thinking=False)
+
+
+# Tools
+
+HERMES = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + '\\n\\n' -}}{%- endif -%}
+{{- '# Tools\\n' -}}{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if not (tools and loop.first and message['role'] == 'system') -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+TOOLS_IN_FIRST_TURN = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if tools and message['role'] == 'user' and loop.index0 < 2 -%}{{- (tools | tojson) + '\\n' -}}{%- endif -%}
+{{- message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+TOOLS_AT_THE_END = DEFAULT_SYSTEM.replace(
+    "{%- if add_gen", "{%- if tools -%}{{- tools | tojson -}}{%- endif -%}{%- if add_gen"
+)
+
+
+def look(where: str, deep: int = 1) -> str:
+    """Looks somewhere.
+
+    Args:
+        where: up or down
+    """
+    return where
+
+
+SCHEMAS = [schema_of(look)]
+WORDS = describe_tools(SCHEMAS)
+
+
+@pytest.mark.parametrize("task", [TEXTS[0], ""], ids=["task", "no-task"])
+@pytest.mark.parametrize("template", [HERMES, TOOLS_IN_FIRST_TURN], ids=["in-system", "in-first-turn"])
+def test_a_template_that_has_tools_shows_them_in_its_own_form(template, task):
+    tokenizer = make_tokenizer(template)
+    codec = ChatCodec(tokenizer)
+    start = codec.start(f"{task}\n{WORDS}".strip(), BOARD, SCHEMAS)
+    assert start == rendered(tokenizer, task, BOARD, tools=SCHEMAS)
+    text = tokenizer.decode(start)
+    assert WORDS not in text
+    assert text.count('"look"') == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, GEMMA, MISTRAL, TOOLS_AT_THE_END],
+    ids=["plain", "no-system", "mistral", "behind-the-observation"],
+)
+def test_a_template_without_tools_in_its_head_shows_them_in_words(template):
+    tokenizer = make_tokenizer(template)
+    codec = ChatCodec(tokenizer)
+    instructions = f"{TEXTS[0]}\n{WORDS}"
+    start = codec.start(instructions, BOARD, SCHEMAS)
+    assert start == codec.start(instructions, BOARD)
+    assert WORDS in tokenizer.decode(start)
+
+
+def test_a_tool_called_like_a_role_is_not_taken_for_shown():
+    schemas = [{"type": "function", "function": {"name": "user", "description": "Asks the user."}}]
+    codec = ChatCodec(make_tokenizer())
+    assert "Asks" in codec.tokenizer.decode(codec.start(describe_tools(schemas), BOARD, schemas))
+
+
+def test_instructions_of_a_run_s_own_show_no_tools():
+    codec = ChatCodec(make_tokenizer(HERMES))
+    assert codec.start(TEXTS[0], BOARD, SCHEMAS) == codec.start(TEXTS[0], BOARD)
+    assert codec.start("", BOARD, SCHEMAS) == codec.start("", BOARD)
+
+
+def test_tools_enter_the_head_alone():
+    tokenizer = make_tokenizer(HERMES)
+    codec = ChatCodec(tokenizer)
+    instructions = f"{TEXTS[0]}\n{WORDS}"
+    sampled = [5, 6, codec.end_id]
+    for window in (None, 0, 1):
+        context = ContextBuilder(codec, instructions, window, SCHEMAS)
+        plain = ContextBuilder(codec, TEXTS[0], window)
+        head, bare = (
+            codec.start(text, "", tools)[: -len(codec._prompt)]
+            for text, tools in ((instructions, SCHEMAS), (TEXTS[0], ()))
+        )
+        for observation in (BOARD, "one", "two"):
+            one, other = context.observe(observation), plain.observe(observation)
+            assert one.ids[: len(head)] == head
+            assert one.ids[len(head) :] == other.ids[len(bare) :]
+            assert one.new_row == other.new_row
+            context.act(sampled)
+            plain.act(sampled)
+    assert len(head) > len(bare)
+
+
+def test_episodes_and_demonstrations_of_a_tool_environment_have_the_same_ids():
+    import mastermind
+
+    tokenizer = make_tokenizer(HERMES)
+    codec = ChatCodec(tokenizer)
+    guess = lambda observation: 'answer(number="111")'  # noqa: E731
+    (episode,) = agentrl.collect(guess, "Mastermind-v0", episodes=1).trajectories
+    stored = Trajectory.model_validate_json(episode.model_dump_json())
+    turn = tokenise(stored, codec, "full").turns[0]
+    tools = mastermind.Mastermind.tools
+    assert turn.prompt_ids == rendered(
+        tokenizer, mastermind.Mastermind.instructions, "A number is hidden.", tools=tools
+    )
+    assert stored.start_info["tool_schemas"] == tools

@@ -28,14 +28,14 @@ class FakeCodec:
     def _text(text):
         return [LETTERS + ord(letter) for letter in text]
 
-    def start(self, instructions, observation):
+    def start(self, instructions, observation, tools=()):
         return [START, *self._text(instructions), END, USER, *self._text(observation), END, AGENT]
 
     def extend(self, last_action_ids, observation):
         ended = bool(last_action_ids) and last_action_ids[-1] in self.stop_ids
         return [*([] if ended else [END]), USER, *self._text(observation), END, AGENT]
 
-    def window(self, instructions, past, observation):
+    def window(self, instructions, past, observation, tools=()):
         observations = [seen for seen, _ in past] + [observation]
         ids = self.start(instructions, observations[0])
         for (_, action), following in zip(past, observations[1:], strict=True):

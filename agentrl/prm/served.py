@@ -11,8 +11,6 @@ What may heal (no connection, no answer in time, 429, 5xx) is tried again after 
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agentrl.errors import DataError, InfrastructureError, UserError
+from agentrl.http import bearer_headers, bearer_key, heals, pause
 from agentrl.types import Trajectory, text_of
-
-LONGEST_PAUSE_S = 30.0
 
 
 class _Answer(BaseModel):
@@ -43,7 +40,8 @@ class ServedPRM:
         concurrency: requests in flight at once.
         token_env: environment variable with a bearer token; none is sent where it is unset or empty.
         chunk: trajectories of one request.
-        backoff_s: the pause after failed attempt n = 0, 1... is drawn from 0.5..1 times `backoff_s` 2^n seconds.
+        backoff_s: the pause after failed attempt n = 0, 1... is drawn from 0.5..1 times `backoff_s` 2^n seconds; a
+            longer ``Retry-After`` is respected.
 
     Raises:
         UserError: `url` or the token cannot be sent.
@@ -64,10 +62,7 @@ class ServedPRM:
             raise UserError(f"the URL of a served PRM starts with http:// or https://, not {url!r}")
         self.url, self.timeout_s, self.retries = url, timeout_s, retries
         self.concurrency, self.chunk, self.backoff_s, self.token_env = concurrency, chunk, backoff_s, token_env
-        token = os.environ.get(token_env, "").strip()
-        if not (token.isascii() and token.isprintable()):
-            raise UserError(f"the bearer token in ${token_env} has characters that no HTTP header can hold")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = bearer_headers(bearer_key(token_env))
         limits = httpx.Limits(max_connections=concurrency)
         self._client = httpx.Client(timeout=timeout_s, headers=headers, limits=limits)
 
@@ -115,11 +110,12 @@ class ServedPRM:
 
     def _post(self, body: dict[str, object]) -> httpx.Response:
         """Returns the first good answer."""
+        answer: httpx.Response | None = None
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                pause = min(LONGEST_PAUSE_S, self.backoff_s * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1))
+                time.sleep(pause(attempt, self.backoff_s, answer))
+            answer = None
             try:
                 answer = self._client.post(self.url, json=body)
             except httpx.TimeoutException:
@@ -131,7 +127,7 @@ class ServedPRM:
             if answer.is_success:
                 return answer
             reason = f"HTTP {answer.status_code} {answer.reason_phrase}: {answer.text[:200]}"
-            if answer.status_code != 429 and answer.status_code < 500:
+            if not heals(answer.status_code):
                 raise UserError(f"the PRM at {self.url} refuses: {reason}; check the URL and ${self.token_env}")
         raise InfrastructureError(f"the PRM at {self.url} failed {self.retries + 1} times, the last: {reason}")
 

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 
 from agentrl.errors import EnvironmentFailure, UserError
+from agentrl.http import Usage, bearer_headers, bearer_key, check_url, heals, masked, pause
 
 T = TypeVar("T")
-_WORTH_RETRYING = {408, 409, 425, 429}
 
-
-@dataclass
-class Usage:
-    """What calls have cost, failed attempts included."""
-
-    calls: int = 0
-    attempts: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    """Wall-clock time, waiting between attempts included."""
-    usd: float = 0.0
-    """At the client's prices."""
-
-    def as_dict(self) -> dict[str, float]:
-        """The record as JSON, for `info`."""
-        return asdict(self)
+__all__ = ["ChatClient", "Usage"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,8 @@ class ChatClient:
             appears in no message, record or `repr`.
         timeout_s: limit for each read of one attempt, in seconds.
         retries: further attempts after one that failed.
-        backoff_s: wait before the first of them, in seconds; doubled each time, and shortened at random by up to half.
+        backoff_s: wait before the first of them, in seconds; doubled each time, and shortened at random by
+            up to half. A longer ``Retry-After`` is respected.
         temperature: of the model's sampling.
         max_tokens: of an answer.
         usd_per_million: prices of a million prompt and completion tokens.
@@ -66,14 +49,7 @@ class ChatClient:
     usd_per_million: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        try:
-            address = httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise UserError(f"not a URL: {error}; for example http://localhost:8000/v1") from error
-        if address.scheme not in ("http", "https") or not address.host:
-            raise UserError(f"url={self.url!r}: an address such as http://localhost:8000/v1")
-        if address.userinfo:
-            raise UserError(f"the URL of {address.host} holds a user name; put the key into {self.key_env}")
+        check_url(self.url, self.key_env)
         if self.timeout_s <= 0 or self.retries < 0 or self.backoff_s < 0:
             raise UserError(
                 f"timeout_s={self.timeout_s}, retries={self.retries}, backoff_s={self.backoff_s}: "
@@ -105,41 +81,39 @@ class ChatClient:
             "max_tokens": self.max_tokens,
             **({"response_format": response_format} if response_format else {}),
         }
+        busy: httpx.Response | None = None
         started, why = time.perf_counter(), ""
         usage.calls += 1
         try:
             for attempt in range(self.retries + 1):
                 if attempt:
-                    time.sleep(self.backoff_s * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1))
-                usage.attempts += 1
+                    time.sleep(pause(attempt, self.backoff_s, busy))
+                usage.attempts, busy = usage.attempts + 1, None
                 try:
                     return read(self._answer(body, usage))
                 except (httpx.HTTPError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
                     why = f"{type(error).__name__}: {error!s:.300}"
-                except _Busy as busy:
-                    why = str(busy)
+                except _Busy as error:
+                    why, busy = str(error), error.answer
         finally:
             usage.seconds += time.perf_counter() - started
-        if key := self._key():  # a server may quote it
-            why = why.replace(key, "***")
+        why = masked(why, self._key())
         raise EnvironmentFailure(
             f"{self.model!r} at {self.url}: no usable answer in {self.retries + 1} attempts: {why}"
         )
 
     def _answer(self, body: Mapping[str, Any], usage: Usage) -> str:
         key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = httpx.post(
-            f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout_s
-        )
-        if answer.status_code >= 500 or answer.status_code in _WORTH_RETRYING:
-            raise _Busy(f"HTTP {answer.status_code}")
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        answer = httpx.post(address, json=body, headers=bearer_headers(key), timeout=self.timeout_s)
+        if heals(answer.status_code):
+            raise _Busy(answer)
         if answer.status_code != 200:
             hint = f"; is the key in {self.key_env} right?" if answer.status_code in (401, 403) else ""
             raise EnvironmentFailure(f"{self.model!r} at {self.url}: HTTP {answer.status_code}{hint}")
         content = answer.json()
         try:
-            self._count(content.get("usage") or {}, usage)
+            usage.count(content.get("usage"), self.usd_per_million)
             text = content["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"not a chat completion: {answer.text[:200]!r}") from error
@@ -148,18 +122,15 @@ class ChatClient:
         return text
 
     def _key(self) -> str:
-        """Reads the key. One that no header can hold is refused here: the HTTP library's own error would quote it."""
-        key = os.environ.get(self.key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise EnvironmentFailure(f"the key in {self.key_env} holds characters that no HTTP header can")
-        return key
-
-    def _count(self, counted: Mapping[str, Any], usage: Usage) -> None:
-        prompt, completion = (int(counted.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
-        usage.prompt_tokens += prompt
-        usage.completion_tokens += completion
-        usage.usd += (prompt * self.usd_per_million[0] + completion * self.usd_per_million[1]) / 1e6
+        try:
+            return bearer_key(self.key_env)
+        except UserError as error:
+            raise EnvironmentFailure(str(error)) from None
 
 
 class _Busy(Exception):
     """A status that may pass."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        super().__init__(f"HTTP {answer.status_code}")
+        self.answer = answer

@@ -1,0 +1,115 @@
+"""The process: a socket, uvicorn, and how it stops.
+
+The first SIGTERM or SIGINT lets running sessions go on for a grace period and refuses new ones. When the last session
+or the period is over, or a second signal comes, calls under way are answered with `stopping`, environments are closed,
+and the process ends; a third signal ends it where it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from agentrl.errors import UserError
+from agentrl.serve.app import App
+from agentrl.serve.settings import Settings
+
+log = logging.getLogger("agentrl.serve")
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Returns a socket that listens at the server's address: who connects before the server is up waits.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        where, why = f"{settings.host}:{settings.port}", error.strerror or error
+        raise UserError(f"cannot listen at {where}: {why}; try another --port (0: any free one)") from error
+    return listener
+
+
+def url_of(settings: Settings, listener: socket.socket) -> str:
+    """Returns the server's URL, with the port it got."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains before it stops."""
+
+    def __init__(self, app: App, settings: Settings, log_level: str = "warning") -> None:
+        self._app, self._grace_s = app, settings.grace_s
+        self._enough = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(_config(app, settings, log_level))
+
+    async def main_loop(self) -> None:
+        """Serves until told to stop."""
+        self._loop = asyncio.get_running_loop()
+        await super().main_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain; the second time has had enough of it; the third time stops."""
+        self._captured_signals.append(sig)
+        self.drain()
+
+    def drain(self) -> None:
+        """What a signal does; may be called from any thread."""
+        if self._loop is None:  # not serving yet
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._next)
+
+    def _next(self) -> None:
+        if self._draining is None:
+            self._app.api.sessions.stopping = True
+            self._draining = asyncio.create_task(self._drain())
+        elif not self._enough.is_set():
+            self._enough.set()
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        sessions = self._app.api.sessions
+        log.warning("stopping: no new sessions; %d go on for at most %g s", sessions.active, self._grace_s)
+        waits = [asyncio.create_task(event.wait()) for event in (sessions.idle, self._enough)]
+        await asyncio.wait(waits, timeout=self._grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for each in waits:
+            each.cancel()
+        if sessions.active:
+            log.warning("stopping: %d sessions are closed", sessions.active)
+        await sessions.stop()
+        self.should_exit = True
+
+
+def _config(app: App, settings: Settings, log_level: str) -> uvicorn.Config:
+    options: dict[str, Any] = {
+        "log_level": log_level,
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        # Behind a proxy every request comes from it: its own rate limit is the better one.
+        "proxy_headers": False,
+        "ws_max_size": settings.max_body,
+        "timeout_keep_alive": 60,
+        "timeout_graceful_shutdown": 5,
+        "backlog": BACKLOG,
+    }
+    return uvicorn.Config(app, **options)

@@ -260,7 +260,7 @@ def test_fast_is_a_promise(tick: float, good: bool, monkeypatch: pytest.MonkeyPa
     assert (found == {}) is good
     if not good:
         assert "a step takes 2 ms" in found["speed"]
-        assert "fast = True promises under 1 ms a step" in found["speed"]
+        assert "fast = True promises under 1 ms for each" in found["speed"]
     assert check(Count) == {}, "others are only told"
 
 
@@ -322,6 +322,53 @@ def test_scripted_agents_that_cannot_play_fail(agent: Any, says: str) -> None:
     finally:
         gym.registry.pop("CheckAgents-v0")
         registry._OURS.pop("CheckAgents-v0")
+
+
+class Hard(Count):
+    hard = True
+
+
+@pytest.mark.parametrize(("world", "verdict"), [(Count, "FAIL"), (Hard, "WARN")])
+def test_an_expert_that_solves_nothing_is_a_defect_unless_the_tasks_are_declared_hard(world: Any, verdict: str) -> None:
+    useless = ("scripted", {"function": "test_check_env:refuse"})
+    envs.register("CheckExpert-v0", world, max_turns=5, agents={"random": useless, "expert": useless})
+    try:
+        report = check_env("CheckExpert-v0", seeds=SEEDS, actions=40)
+    finally:
+        gym.registry.pop("CheckExpert-v0")
+        registry._OURS.pop("CheckExpert-v0")
+    [line] = [str(check) for check in report.checks if check.name == "scripted agents"]
+    tried = len(SEEDS) + 10
+    assert line.startswith(f"{verdict}  scripted agents: expert solved 0 of {tried}, random solved 0 of {len(SEEDS)}")
+    assert report.passed is (verdict == "WARN")
+    assert {*failures(report)} <= {"scripted agents"}
+
+
+def refuse(observation: str) -> str:
+    return "no action"
+
+
+class Long(Count):
+    def play(self, action: str) -> Any:
+        observation, reward, _, info = super().play(action)
+        return observation, reward, self.turn == 50, {**info, "success": self.turn == 50}
+
+
+def on(observation: str) -> str:
+    return observation.partition(",")[0]
+
+
+def test_an_expert_plays_as_long_as_the_turn_limit_allows() -> None:
+    envs.register(
+        "CheckLong-v0", Long, max_turns=60, agents={"expert": ("scripted", {"function": "test_check_env:on"})}
+    )
+    try:
+        report = check_env("CheckLong-v0", seeds=SEEDS, actions=40)
+    finally:
+        gym.registry.pop("CheckLong-v0")
+        registry._OURS.pop("CheckLong-v0")
+    assert report.passed, str(report)
+    assert f"expert solved {len(SEEDS)} of {len(SEEDS)}" in str(report)
 
 
 def test_roles_of_agents_are_known_and_in_order() -> None:

@@ -342,6 +342,44 @@ def test_endless_garbage_counts_as_leaving(serve):
     assert "left the conversation" in judge.requests[0]["messages"][1]["content"]
 
 
+@pytest.mark.parametrize(("seat", "spoken", "left"), [(0, 5, [5, 3, 1]), (1, 6, [5, 3, 1])])
+def test_a_turn_limit_of_the_run_ends_the_dialogue_and_the_judge_still_speaks(seat, spoken, left, serve):
+    judge = serve(verdict())
+    kwargs = {"judge_url": judge.url, "judge_options": FAST, "partner": "chatterbox", "seat": seat}
+    env = envs.make("Social-v0", max_turns=3, **kwargs)
+    _, info = env.reset(seed=0)
+    for wanted in left:
+        assert info["turns_left"] == wanted
+        _, reward, terminated, truncated, info = env.step("mine")
+    assert (reward, terminated, truncated, info["turns_left"]) == ((7, 4)[seat], True, False, 0)
+    assert len(env.unwrapped._dialogue) == spoken
+    assert judge.requests[0]["messages"][1]["content"].count('said: "mine"') == 3
+
+
+def test_invalid_answers_count_for_the_run_s_turn_limit(serve):
+    judge = serve(verdict())
+    env = dialogue(judge, seat=0, max_turns=2)
+    env.reset(seed=0)
+    assert not env.step("")[2]
+    assert env.step("")[2]
+    assert "left the conversation" in judge.requests[0]["messages"][1]["content"]
+
+
+def test_in_self_chat_the_limit_counts_the_turns_of_both(serve):
+    env = dialogue(serve(verdict()), partner="self", max_turns=4)
+    _, info = talk(env)
+    assert (len(env._dialogue), info["turns_left"]) == (4, 0)
+
+
+def test_episodes_of_a_run_with_a_turn_limit_are_judged(serve):
+    judge = serve(verdict(GOOD, GOOD))
+    kwargs = {"judge_url": judge.url, "judge_options": FAST, "partner": "chatterbox"}
+    limited = {"id": "Social-v0", "max_turns": 2, "kwargs": kwargs}
+    env = agentrl.RunConfig.model_validate(config_of(limited)).env
+    played = agentrl.collect(load_policy("chatterbox"), env, episodes=3).trajectories
+    assert [(len(each.turns), each.stop_reason, each.outcome) for each in played] == [(2, StopReason.TERMINATED, 1)] * 3
+
+
 def test_same_seed_same_transcript_other_seed_another(serve):
     env = dialogue(serve(verdict()))
     state = random.getstate()
@@ -368,6 +406,7 @@ def test_it_can_be_pickled_in_the_middle_of_a_dialogue(serve):
     ("kwargs", "says"),
     [
         ({"turns": 1}, "turns=1"),
+        ({"max_turns": 0}, "max_turns=0"),
         ({"threshold": 10}, "threshold=10"),
         ({"seat": 2}, "seat=2"),
         ({"split": "tset"}, "split='tset'"),

@@ -10,6 +10,7 @@ action comes back as an observation instead of killing the episode, stepping a f
     admissible_actions list[str]: what may be done now, where the environment can list it
     state_key         str: equal exactly when two states are the same (for anchor-state methods)
     reward_parts      dict[str, float]: what the reward is made of
+    tool_schemas      list[dict]: the tools that the instructions tell of (after `reset`; `ToolEnv` fills it in)
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
 
     single_task: bool = False
     """Declares that every seed means the same task, which `check_env` otherwise takes for a seed that is ignored."""
+    local_arguments: ClassVar[frozenset[str]] = frozenset()
+    """Keyword arguments that name files, addresses or code, or bound what an episode costs the machine it runs on: a
+    server takes them from its owner, never from clients (`agentrl serve`)."""
+
+    hard: bool = False
+    """Declares that even the registered expert may solve no task of a few, which `check_env` otherwise takes for a
+    defect of the one or the other."""
 
     def __init__(self) -> None:
         self.observation_space: Space[Any] = AnyText()

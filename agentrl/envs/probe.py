@@ -163,13 +163,14 @@ class Probe:
         """Whether the arguments are those under which `provides` declares it."""
         return all(getattr(self.inner, key, None) == value for key, value in self.provides[what].items())
 
-    def play(self, env: gym.Env[Any, Any], seed: int, agent: Policy | None = None) -> list[Step]:
-        """Plays an episode of at most `TURNS` turns, the same way whatever its seed.
+    def play(self, env: gym.Env[Any, Any], seed: int, agent: Policy | None = None, turns: int = TURNS) -> list[Step]:
+        """Plays an episode of at most `turns` turns, the same way whatever its seed.
 
         Args:
             env: the instance.
             seed: of the task.
             agent: who acts; None draws among the admissible actions, or else among all texts.
+            turns: that it may take.
 
         Returns:
             The answer of `reset`, then those of the steps.
@@ -177,7 +178,7 @@ class Probe:
         rng, texts = random.Random(0), random_texts(env)
         observation, info = self.reset(env, seed)
         steps = [Step("", observation, 0.0, False, False, info)]
-        for turn in range(TURNS):
+        for turn in range(turns):
             if agent is not None:
                 action = _ask(agent, PolicyRequest("check", turn, observation, [], info, seed=turn))
             else:
@@ -230,6 +231,7 @@ def _info_problem(key: Any, value: Any) -> str:
     if not isinstance(key, str):
         return f"is no str but {type(key).__name__} as a key"
     types = {"success": bool, "valid_action": bool, "state_key": str, "action_error": str, "reward_parts": dict}
+    types["tool_schemas"] = list
     if (wanted := types.get(key)) is not None and type(value) is not wanted:
         return f"is {short(value)} ({type(value).__name__}), not {wanted.__name__},"
     if key == "admissible_actions" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):

@@ -15,9 +15,11 @@ import gymnasium as gym
 
 from agentrl.envs.wrappers import wrap
 from agentrl.errors import UnknownNameError, UserError
+from agentrl.remote.address import is_ours, is_remote, name_of
 
 _OURS: dict[str, str] = {}
 _AGENTS: dict[str, dict[str, Agent]] = {}
+_ENDS_ITSELF: set[str] = set()
 
 ROLES = ("random", "naive", "expert")
 """What scripted agents are good for: a floor, what a little sense reaches, a ceiling."""
@@ -37,6 +39,7 @@ def register(
     max_turns: int | None = None,
     summary: str = "",
     agents: Mapping[str, str | tuple[str, dict[str, Any]]] | None = None,
+    ends_itself: bool = False,
     **kwargs: Any,
 ) -> None:
     """Registers an environment under `env_id` in Gymnasium's registry.
@@ -48,6 +51,8 @@ def register(
         summary: one line for ``agentrl envs``.
         agents: scripted agents by role (``random``, ``naive``, ``expert``): a policy's name, or its name and options,
             ``{"random": "random", "naive": ("lock-noisy-solver", {"skill": 0.5}), "expert": "lock-solver"}``.
+        ends_itself: a turn limit of the run goes to the environment, as its argument `max_turns`, instead of to
+            `TimeLimit`: for outcomes that come with the end alone, and which an episode cut off from outside never has.
         **kwargs: default keyword arguments of the environment.
 
     Raises:
@@ -60,6 +65,8 @@ def register(
         role: Agent(a, {}) if isinstance(a, str) else Agent(a[0], dict(a[1])) for role, a in named.items()
     }
     _OURS[env_id] = summary
+    if ends_itself:
+        _ENDS_ITSELF.add(env_id)
     if env_id not in gym.registry:
         gym.register(
             env_id,
@@ -91,9 +98,12 @@ def environment_ids() -> dict[str, str]:
 
 
 def scripted_agents(env_id: str) -> dict[str, Agent]:
-    """The scripted agents that an environment was registered with: role -> agent, in the order of `ROLES`."""
+    """The scripted agents that an environment was registered with: role -> agent, in the order of `ROLES`.
+
+    A served environment has those of the local one that has its name.
+    """
     load_plugins()
-    return dict(_AGENTS.get(env_id.rpartition(":")[2], {}))
+    return dict(_AGENTS.get(name_of(env_id), {}))
 
 
 def make(
@@ -103,18 +113,29 @@ def make(
 
     Args:
         env_id: registered id, or ``"module:Id-v0"`` to import `module` first.
-        max_turns: overrides the registered turn limit.
+        max_turns: overrides the registered turn limit; see `register` for environments that end themselves.
         wrappers: ``{"name": ..., **options}`` each (`agentrl.envs.wrappers`), the first innermost.
         **kwargs: keyword arguments of the environment.
 
     Raises:
         UnknownNameError: no such id; the message offers the nearest.
         UserError: the environment or a wrapper refused its arguments.
+        EnvironmentFailure: a served environment's server does not answer.
     """
+    if is_remote(env_id):
+        if is_ours(env_id):
+            from agentrl.remote.env import make_remote
+
+            return make_remote(env_id, max_turns=max_turns, wrappers=wrappers, **kwargs)
+        from agentrl.remote.openenv import make_openenv
+
+        return make_openenv(env_id, max_turns=max_turns, wrappers=wrappers, **kwargs)
     load_plugins()
     module, _, name = env_id.rpartition(":")
     if not module and name not in gym.registry:
         raise UnknownNameError("environment", env_id, [*_OURS], "agentrl envs lists all")
+    if name in _ENDS_ITSELF and max_turns is not None:
+        kwargs, max_turns = {**kwargs, "max_turns": max_turns}, None
     try:
         env = gym.make(env_id, max_episode_steps=max_turns, **kwargs)
     except TypeError as error:

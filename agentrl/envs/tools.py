@@ -164,7 +164,8 @@ def describe_tools(schemas: Sequence[Schema]) -> str:
 class ToolEnv(TextEnv):
     """Base of environments that are played by tool calls. A subclass gives `begin` and methods marked with `tool`.
 
-    `instructions` of a subclass tell the task; an instance's have the tools appended in plain text.
+    `instructions` of a subclass tell the task; an instance's have the tools appended in plain text. `reset` tells their
+    schemas in ``info["tool_schemas"]`` as well: a model whose chat template can show tools sees them in its own form.
     """
 
     tools: ClassVar[list[dict[str, Any]]] = []
@@ -184,6 +185,10 @@ class ToolEnv(TextEnv):
         if not self.tools:
             raise UserError(f"{type(self).__name__} has no tools; mark its methods with @tool")
         self.instructions = f"{type(self).instructions}\n{describe_tools(self.tools)}".strip()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        return observation, {**info, "tool_schemas": self.tools}
 
     def facts(self) -> dict[str, Any]:
         """Returns the `info` of the present state (`state_key` and the like), added to every step's."""

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
@@ -30,6 +30,9 @@ Answer = tuple[Any, float, bool, bool, dict[str, Any]]
 
 class TextWrapper(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Base of wrappers: `instructions`, `provides` and `fast` are read through it."""
+
+    local_arguments: ClassVar[frozenset[str]] = frozenset()
+    """As `TextEnv.local_arguments`: what a server never takes from clients."""
 
     def __init__(self, env: Env, **arguments: Any) -> None:
         RecordConstructorArgs.__init__(self, **arguments)
@@ -157,6 +160,8 @@ class Record(TextWrapper):
         env: the environment.
         path: file to append to; its folder must exist.
     """
+
+    local_arguments = frozenset({"path"})
 
     def __init__(self, env: Env, path: str | Path) -> None:
         super().__init__(env, path=str(path))

@@ -26,7 +26,7 @@ ENV_ID = "TextArena-v0"
 Opponent = Callable[[str], str]
 """From all that the player has seen so far to its answer."""
 
-_LISTED = re.compile(r"(?:available|valid|legal|possible) (?:moves|actions)[^:\n]*:(.*)", re.IGNORECASE)
+_LISTED = re.compile(r"(?:available|valid|legal|possible) (?:moves|actions)[^:\n]{0,80}:(.*)", re.IGNORECASE)
 _BRACKETED = re.compile(r"\[[^\[\]\n]+\]")
 _MOST_OPPONENT_TURNS = 1000
 """Between two turns of the agent; a game that takes longer does not come back."""
@@ -58,6 +58,8 @@ class TextArenaEnv(Adapter):
     _fresh: Any = None
     _game: Any = None
     _chance: Any = None
+
+    local_arguments = frozenset({"opponent"})
 
     def __init__(
         self,

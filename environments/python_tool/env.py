@@ -44,6 +44,8 @@ class PythonToolEnv(ToolEnv):
         "standard library only, and neither files nor network. Then give the answer, a number."
     )
 
+    local_arguments = frozenset({"timeout_s", "memory_mb", "max_output"})
+
     def __init__(
         self,
         *,

@@ -14,4 +14,5 @@ register(
     "environments.social.env:SocialEnv",
     summary="talk towards a private goal, as in SOTOPIA; scored by an LLM judge (needs judge_url)",
     agents={"random": "social-random", "naive": "social-talker"},
+    ends_itself=True,
 )

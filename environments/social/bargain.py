@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal, cast, get_args
 
@@ -13,8 +14,11 @@ from agentrl.envs.core import Step
 from agentrl.errors import ActionError, UserError
 from environments.social.deals import CONCESSION, Deal, Split, counter_offer, demand, draw_stakes, total_points, worth
 
-_OFFER = re.compile(r"<offer>(.*?)</offer>|^[^\w\n]*offer\b[: ]*([^\n]*)", re.IGNORECASE | re.DOTALL | re.MULTILINE)
-_PAIR = re.compile(r"([\w-]+)\s*=\s*([\w-]+)")
+# Both in linear time: an offer holds no second "<offer>", and a name begins where no name goes on.
+_OFFER = re.compile(
+    r"<offer>([^<]*(?:<(?!/?offer>)[^<]*)*)</offer>|^[^\w\n]*offer\b[: ]*([^\n]*)", re.IGNORECASE | re.MULTILINE
+)
+_PAIR = re.compile(r"(?<![\w-])([\w-]+)\s*=\s*([\w-]+)")
 _WORD = re.compile(r"^[^\w\n]*(accept|reject|leave)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
 _SAMPLE = 4000
 """Characters of an answer that are read: nobody needs more to make an offer."""
@@ -114,13 +118,13 @@ class BargainEnv(TextEnv):
         first = self._stakes.own[0][0] > 0  # the side that wants the first options
         self._role, self._other = self._topic["roles"] if first else self._topic["roles"][::-1]
         self._names = self._option_names()
-        self._offers = {self._worded(deal) for deal in self._stakes.deals}
-        self._actions = [*sorted(self._offers), "accept", "reject", "leave"]
-        self._theirs: Deal = max(self._stakes.deals, key=self._stakes.their_worth.__getitem__)
+        names = tuple(map(tuple, self._names))
+        self._actions = [*_offers(self._labels(), names), "accept", "reject", "leave"]
+        self._theirs: Deal = self._stakes.their_dream
         self._mine: Deal | None = None
         self._deal: Deal | None = None
         self._left, self._moves, self._done = self.rounds, 0, False
-        self._given = min(self._stakes.their_worth.values())
+        self._given = sum(map(min, self._stakes.theirs))
         return self._show(), self._info()
 
     def parse_action(self, text: str) -> Deal | Literal["accept", "reject", "leave"]:
@@ -239,11 +243,11 @@ class BargainEnv(TextEnv):
 
     def _worded(self, deal: Deal) -> str:
         options = [names[choice] for names, choice in zip(self._names, deal, strict=True)]
-        if self.observation == "short":
-            return " ".join(["offer", *options])
-        return "offer " + " ".join(
-            f"{name}={option}" for name, option in zip(self._issue_names(), options, strict=True)
-        )
+        return " ".join(["offer", *map(str.__add__, self._labels(), options)])
+
+    def _labels(self) -> tuple[str, ...]:
+        """What stands before the option of each issue where an offer is worded."""
+        return tuple("" if self.observation == "short" else f"{name}=" for name in self._issue_names())
 
     def _show(self) -> str:
         return self._short() if self.observation == "short" else self._long()
@@ -272,6 +276,13 @@ class BargainEnv(TextEnv):
         lines.append(f"Standing offer of your partner: {priced(self._theirs)}")
         lines.append(f"Rounds left: {self._left}")
         return "\n".join(lines)
+
+
+@lru_cache(maxsize=64)
+def _offers(labels: tuple[str, ...], names: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Returns the wording of every offer, sorted. Most of a reset's time, and the same in each episode on a topic."""
+    options = ([label + name for name in each] for label, each in zip(labels, names, strict=True))
+    return sorted(" ".join(["offer", *choice]) for choice in itertools.product(*options))
 
 
 @cache

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,23 +39,27 @@ class Stakes:
     @cached_property
     def deals(self) -> list[Deal]:
         """Every deal there is."""
-        return list(itertools.product(*(range(len(options)) for options in self.own)))
+        return list(_deals(tuple(map(len, self.own))))
+
+    @cached_property
+    def their_dream(self) -> Deal:
+        """The deal with most points for the partner."""
+        return self.deals[int(_sums(self.theirs).argmax())]
 
     @cached_property
     def own_worth(self) -> dict[Deal, int]:
         """Own points of every deal."""
-        return dict(zip(self.deals, map(sum, itertools.product(*self.own)), strict=True))
+        return dict(zip(self.deals, _sums(self.own).tolist(), strict=True))
 
     @cached_property
     def their_worth(self) -> dict[Deal, int]:
         """The partner's points of every deal."""
-        return dict(zip(self.deals, map(sum, itertools.product(*self.theirs)), strict=True))
+        return dict(zip(self.deals, _sums(self.theirs).tolist(), strict=True))
 
     @cached_property
     def best(self) -> int:
         """Own points of the best deal that the partner could agree to."""
-        both = zip(map(sum, itertools.product(*self.own)), map(sum, itertools.product(*self.theirs)), strict=True)
-        return max(own for own, theirs in both if theirs >= self.their_floor)
+        return int(_sums(self.own)[_sums(self.theirs) >= self.their_floor].max())
 
     def score(self, deal: Deal | None) -> float:
         """Goal score of a deal, 0 to 10: the share of the attainable gain over `floor` that it brings.
@@ -71,6 +75,20 @@ class Stakes:
         mine, yours = self.own_worth[deal], self.their_worth[deal]
         pairs = zip(self.own_worth.values(), self.their_worth.values(), strict=True)
         return not any(a >= mine and b >= yours and (a, b) != (mine, yours) for a, b in pairs)
+
+
+@cache
+def _deals(options: tuple[int, ...]) -> tuple[Deal, ...]:
+    """Every choice among so many options of each issue."""
+    return tuple(itertools.product(*map(range, options)))
+
+
+def _sums(points: Points) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Points of every deal, in the order of `_deals`."""
+    total = np.zeros(1, dtype=np.int64)
+    for options in points:
+        total = np.add.outer(total, options).ravel()
+    return total
 
 
 def worth(points: Points, deal: Deal) -> int:
@@ -91,20 +109,20 @@ def draw_stakes(rng: np.random.Generator, issues: int, options: int, split: Spli
         own, theirs = (_draw_points(rng, issues, options, down) for down in (first_wins, not first_wins))
         floor, their_floor = (int(rng.integers(total // 5, 3 * total // 10 + 1)) for _ in range(2))
         stakes = Stakes(own, theirs, floor, their_floor)
-        if stakes.best - floor >= 0.3 * total and in_split(stakes, split):
+        if in_split(stakes, split) and stakes.best - floor >= 0.3 * total:
             return stakes
 
 
 def _draw_points(rng: np.random.Generator, issues: int, options: int, down: bool) -> Points:
     """Points of one side: the issues' best options make up `total_points`; along an issue they fall to 0."""
     every = _tops(issues)
-    points = []
+    lines = []
     for top in every[int(rng.integers(len(every)))]:
-        even = np.arange(options - 2, 0, -1) * top / (options - 1)
-        between = np.clip(np.rint(even + rng.uniform(-1, 1, size=options - 2)), 0, top)
-        line = (top, *sorted(map(int, between), reverse=True), 0)
-        points.append(line if down else line[::-1])
-    return tuple(points)
+        even = (rank * top / (options - 1) for rank in range(options - 2, 0, -1))
+        moved = (round(mean + by) for mean, by in zip(even, rng.uniform(-1, 1, options - 2).tolist(), strict=True))
+        line = (top, *sorted((min(max(points, 0), top) for points in moved), reverse=True), 0)
+        lines.append(line if down else line[::-1])
+    return tuple(lines)
 
 
 @cache
@@ -144,7 +162,11 @@ def counter_offer(stakes: Stakes, least: float, near: Deal) -> Deal:
     Near means fewest steps along the options; among those, most points for the partner.
     """
 
-    def distance(deal: Deal) -> tuple[int, int]:
-        return sum(abs(a - b) for a, b in zip(deal, near, strict=True)), -stakes.their_worth[deal]
-
-    return min((deal for deal, theirs in stakes.their_worth.items() if theirs >= least), key=distance)
+    steps = np.zeros(1, dtype=np.int64)
+    for options, at in zip(stakes.theirs, near, strict=True):
+        steps = np.add.outer(steps, np.abs(np.arange(len(options)) - at)).ravel()
+    theirs = _sums(stakes.theirs)
+    # Steps first, then points: no deal has `total_points` + 1 of them.
+    badness = steps * (total_points(len(near)) + 1) - theirs
+    badness[theirs < least] = np.iinfo(np.int64).max
+    return stakes.deals[int(badness.argmin())]

@@ -57,8 +57,10 @@ class SocialEnv(TextEnv):
         scenarios: file or folder of profiles (`environments.social.profiles`); None: those that ship.
         difficulty: ``easy`` or ``hard``: scenarios with this tag.
         seat: which character the agent plays; None: drawn.
-        turns: turns of a dialogue, those of both characters together (at least 2). This, not Gymnasium's `TimeLimit`,
-            is the limit: an episode that is cut off from outside was never judged.
+        turns: turns of a dialogue, those of both characters together (at least 2).
+        max_turns: answers of the agent, invalid ones included, after which the dialogue is over as well; None: no such
+            limit. `agentrl.make` and a run's `env.max_turns` set this, not Gymnasium's `TimeLimit`: an episode that
+            is cut off from outside was never judged.
         threshold: goal score that a success exceeds.
         split: ``train`` and ``test`` never share a scenario.
 
@@ -66,6 +68,10 @@ class SocialEnv(TextEnv):
         UserError: no judge, or a setting out of its range.
         DataError: a bad profile file.
     """
+
+    local_arguments = frozenset(
+        {"judge_url", "judge_model", "judge_options", "partner", "partner_model", "partner_options", "scenarios"}
+    )
 
     def __init__(
         self,
@@ -80,6 +86,7 @@ class SocialEnv(TextEnv):
         difficulty: Literal["all", "easy", "hard"] = "all",
         seat: Literal[0, 1] | None = None,
         turns: int = 20,
+        max_turns: int | None = None,
         threshold: float = 6.0,
         split: Split = "all",
         render_mode: Literal["ansi"] | None = None,
@@ -92,6 +99,8 @@ class SocialEnv(TextEnv):
             )
         if turns < 2:
             raise UserError(f"turns={turns}: at least one for each character")
+        if max_turns is not None and max_turns < 1:
+            raise UserError(f"max_turns={max_turns}: at least one answer of the agent, or none for no limit")
         if not 0 <= threshold < 10:
             raise UserError(f"threshold={threshold}: from 0 to below 10, the best score")
         if seat not in (None, 0, 1):
@@ -116,6 +125,7 @@ class SocialEnv(TextEnv):
         if not self.casts:
             raise UserError(f"no scenario of split={split!r} and difficulty={difficulty!r} in {scenarios or 'ours'}")
         self.seat, self.turns, self.threshold, self.render_mode = seat, turns, threshold, render_mode
+        self.max_turns = max_turns
         self.instructions = _INSTRUCTIONS
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,7 +136,7 @@ class SocialEnv(TextEnv):
         key = options.get("cast", names[int(self.np_random.integers(len(names)))])
         if key not in self.casts:
             raise UserError(f"cast={key!r}: one of {len(names)}, for example {names[0]!r}")
-        self._cast, self._invalid = self.casts[key], 0
+        self._cast, self._invalid, self._answers = self.casts[key], 0, 0
         self._dialogue: list[str] = []
         self._usage = {"judge": Usage(), "partner": Usage()}
         self._partner_seed = int(self.np_random.integers(2**31))
@@ -142,7 +152,9 @@ class SocialEnv(TextEnv):
 
     def play(self, action: SocialAction) -> Step:
         self._invalid = 0
+        self._answers += 1
         self._add(self._seat, action)
+        self._over = self._over or self._answers == self.max_turns
         if self.self_chat:
             self._seat = 1 - self._seat
         elif not self._over:
@@ -154,7 +166,8 @@ class SocialEnv(TextEnv):
 
     def on_invalid(self, error: ActionError) -> Step:
         self._invalid += 1
-        if self._invalid < self.turns:
+        self._answers += 1
+        if self._invalid < self.turns and self._answers != self.max_turns:
             observation, *_ = super().on_invalid(error)
             return observation, 0.0, False, self._info()
         self._add(self._seat, SocialAction(ActionType.LEAVE))
@@ -217,7 +230,7 @@ class SocialEnv(TextEnv):
         return {
             "cast": self._cast.key,
             "seat": self._seat if seat is None else seat,
-            "turns_left": self.turns - len(self._dialogue),
+            "turns_left": self._left(self._seat if seat is None else seat),
             "usage": {name: usage.as_dict() for name, usage in self._usage.items()},
         }
 
@@ -225,8 +238,17 @@ class SocialEnv(TextEnv):
         return f"{self._told(seat)}\n\n{self._prompt(seat)}"
 
     def _prompt(self, seat: int) -> str:
+        return f"You are {self._cast.agents[seat].first_name}. Turns left: {self._left(seat)}. What do you do?"
+
+    def _left(self, seat: int) -> int:
+        """Turns of the dialogue that are left before `seat` acts, by both limits."""
         left = self.turns - len(self._dialogue)
-        return f"You are {self._cast.agents[seat].first_name}. Turns left: {left}. What do you do?"
+        if self.max_turns is None:
+            return left
+        answers = self.max_turns - self._answers
+        # The agent has the last word: before its own turn the partner has one turn fewer ahead of it.
+        both = answers if self.self_chat else 2 * answers - (seat == self._seat)
+        return max(0, min(left, both))
 
     def _told(self, seat: int | None) -> str:
         """The scene, the characters and the dialogue, as one of them or (None) the judge may know them."""

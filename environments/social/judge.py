@@ -5,14 +5,13 @@ Dimensions and ranges: arXiv 2310.11667, Section 3.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from environments.social.client import ChatClient, Usage
 
-_FENCE = re.compile(r"^\s*```(?:json)?\s*(.*?)\s*```\s*$", re.DOTALL)
+_FENCE = "```"
 
 
 def _rated(low: int, high: int, what: str) -> Any:
@@ -81,5 +80,7 @@ def _read(text: str) -> Verdict:
     Raises:
         ValueError: no JSON, another schema, or a score out of its range.
     """
-    fenced = _FENCE.match(text)
-    return Verdict.model_validate_json(fenced[1] if fenced else text)
+    text = text.strip()
+    if text.startswith(_FENCE) and text.endswith(_FENCE) and len(text) > 2 * len(_FENCE):
+        text = text[len(_FENCE) : -len(_FENCE)].removeprefix("json")
+    return Verdict.model_validate_json(text)

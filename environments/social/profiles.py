@@ -257,8 +257,8 @@ def ranges(text: str) -> list[tuple[int, int]]:
     return found
 
 
-_VIEWER = re.compile(r"<p\s+viewer=['\"](agent_\d)['\"]\s*>(.*?)</p>", re.DOTALL)
-_TAG = re.compile(r"</?(?:extra_info|strategy_hint|clarification_hint|p|root)\b[^>]*>")
+_VIEWER = re.compile(r"<p\s+viewer=['\"](agent_\d)['\"]\s*>([^<]*(?:<(?!p\s|/p>)[^<]*)*)</p>")
+_TAG = re.compile(r"</?(?:extra_info|strategy_hint|clarification_hint|p|root)\b[^<>]*>")
 
 
 def shown_to(text: str, seat: int | None) -> str:

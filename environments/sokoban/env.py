@@ -55,6 +55,8 @@ class SokobanEnv(TextEnv):
     fast = True
     provides = {"state_keys": {}, "turn_rewards": {"reward": "shaped"}}
 
+    local_arguments = frozenset({"levels"})
+
     def __init__(
         self,
         *,

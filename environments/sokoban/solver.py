@@ -15,6 +15,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from functools import lru_cache
+from time import process_time
 
 from agentrl.errors import AgentRLError, UserError
 from environments.sokoban.board import Layout, read_board
@@ -113,7 +114,7 @@ def move_values(board: str) -> dict[str, float]:
     return values
 
 
-def solve(board: str, limit: int = 200_000) -> list[str] | None:
+def solve(board: str, limit: int = 200_000, limit_s: float = math.inf) -> list[str] | None:
     """Returns moves that solve `board` with the fewest pushes, or None where there is no solution.
 
     A* over pushes (Hart, Nilsson & Raphael 1968). Moves between two pushes are the shortest; their total is not
@@ -122,13 +123,14 @@ def solve(board: str, limit: int = 200_000) -> list[str] | None:
     Args:
         board: any board with as many boxes as targets.
         limit: boards that may be expanded (a few ten thousand a second).
+        limit_s: processor seconds that the search may take; what it finds then depends on the machine.
 
     Raises:
-        SearchLimitError: `limit` boards were expanded and neither a solution nor its absence was shown.
+        SearchLimitError: a limit was reached and neither a solution nor its absence was shown.
         DataError: `board` is no board.
     """
     layout, player, boxes = read_board(board)
-    pushes = _PushSearch(layout).run(player, sum(1 << box for box in boxes), limit)
+    pushes = _PushSearch(layout).run(player, sum(1 << box for box in boxes), limit, limit_s)
     return None if pushes is None else _walk(layout, player, boxes, pushes)
 
 
@@ -205,8 +207,9 @@ class _PushSearch:
                 return 0
         return held
 
-    def run(self, player: int, boxes: int, limit: int) -> list[tuple[int, int]] | None:
+    def run(self, player: int, boxes: int, limit: int, limit_s: float) -> list[tuple[int, int]] | None:
         """Returns the pushes (box's cell, step) of a solution; None if there is none."""
+        over = process_time() + limit_s
         start = boxes, self.reach(player, boxes)
         cost: dict[Node, float] = {start: 0}
         parent: dict[Node, tuple[Node, tuple[int, int]]] = {}
@@ -222,6 +225,8 @@ class _PushSearch:
                 return _trace(node, parent)
             if expanded == limit:
                 raise SearchLimitError(f"no solution within limit={limit} expanded boards")
+            if process_time() > over:
+                raise SearchLimitError(f"no solution within limit_s={limit_s:g} seconds ({expanded} expanded boards)")
             expanded += 1
             pushes = cost[node] + 1
             for box, step in self._pushes(boxes, region):

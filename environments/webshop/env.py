@@ -82,6 +82,8 @@ class WebShopEnv(TextEnv):
     _product: Product
     _visited: set[str]
 
+    local_arguments = frozenset({"items", "attributes", "human_goals", "reviews", "cache_dir"})
+
     def __init__(
         self,
         *,

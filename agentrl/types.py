@@ -129,7 +129,9 @@ class Turn(BaseModel):
     terminated: bool = False
     truncated: bool = False
     policy_version: int | None = None
-    """Version of the weights that produced the action; None for policies without weights."""
+    """Version of the weights that produced the action, the oldest if there were several; None for policies without."""
+    policy_versions: list[tuple[int, int]] = Field(default_factory=list)
+    """(version, number of ids) in order, where the weights changed in the middle of the action; else empty."""
     timings: dict[str, float] = Field(default_factory=dict)
     """Seconds spent: `policy`, `environment`."""
     info: dict[str, Any] = Field(default_factory=dict)

@@ -163,6 +163,12 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
                 self.start = _resident("VmRSS")
 
+    def now(self) -> float | None:
+        """Megabytes in use at this moment, above the start; None where the system does not tell."""
+        if self.start is None:
+            return None
+        return ((torch.cuda.memory_allocated() if self.cuda else _resident("VmRSS")) - self.start) / 2**20
+
     def megabytes(self) -> float | None:
         """Returns None where the system does not tell."""
         if self.start is None:

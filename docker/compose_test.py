@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "agentrl-compose-test"
-ENVS = ("sokoban", "lock", "webshop", "social", "search-qa", "python-tool")
+ENVS = ("sokoban", "lock", "webshop", "bargain", "search-qa", "python-tool")
 LIMITS_MB = {"agentrl-envs": 400, "agentrl-trainer": 2500}
 SHORT = {
     "DEMONSTRATIONS": "1500",

@@ -155,3 +155,42 @@ def test_the_iteration_benchmark_gives_every_method_the_same_episodes(load, tmp_
     }
     assert json.loads(file.read_text()) == result
     assert "of grpo" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_server_benchmark_measures_our_side_where_openenv_is_not_installed(load, tmp_path, capsys):
+    module = load("env_server")
+    missing = tmp_path / "python"
+    missing.write_text("#!/bin/sh\nexit 1\n")
+    missing.chmod(0o755)
+    options = ["--sessions", "4", "--steps", "20", "--seconds", "0.2", "--repeat", "1", "--openenv", str(missing)]
+    result = module.main([*options, "--json", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text()) == result
+    assert set(result["figures"]) == {"sequential", "4 sessions, single", "4 sessions, batch"}
+    assert 0 < result["figures"]["sequential"]["ours"]["p50_ms"] <= result["figures"]["sequential"]["ours"]["p99_ms"]
+    assert result["figures"]["4 sessions, batch"]["ours"]["steps_per_second"] > 0
+    assert result["ratios"]["sequential"] == {}
+    assert "openenv=not installed" in capsys.readouterr().out
+
+
+def test_the_server_benchmarks_ratios_say_how_many_times_better_ours_is(load):
+    figures = {"ours": {"steps_per_second": 30.0, "kb_per_session": 2.0}}
+    figures["openenv"] = {"steps_per_second": 10.0, "kb_per_session": 8.0}
+    assert load("env_server")._ratio(figures) == {"steps_per_second": 3.0, "kb_per_session": 4.0}
+    assert load("env_server")._ratio({"ours": {"p50_ms": 1.0}, "openenv": {"p50_ms": 3.0}}) == {"p50_ms": 3.0}
+
+
+@pytest.mark.slow
+def test_the_remote_training_benchmark_trains_both_sides(load, warm, tmp_path, capsys):
+    config = str(BENCHMARKS.parent / "configs" / "sokoban_oprl.yaml")
+    options = ["--config", config, "--base", str(warm), "--iterations", "1", "--repeat", "1", "--work", str(tmp_path)]
+    result = load("remote_training").main([*options, "rollout.groups=2", "rollout.group_size=4"])
+    assert result["ratio"] == result["ratios"][0] > 0
+    assert "remote / local" in capsys.readouterr().out
+    urls = [json.loads(line)["env"] for line in _trajectories(tmp_path / "remote")]
+    assert len(urls) == 8
+    assert all(url.startswith("http://127.0.0.1:") for url in urls)
+
+
+def _trajectories(run: Path) -> list[str]:
+    return [line for file in sorted((run / "trajectories").glob("*.jsonl")) for line in file.read_text().splitlines()]

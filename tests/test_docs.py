@@ -102,8 +102,11 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry._OURS.update(ours)
 
 
-ELSEWHERE = {ROOT / "docs" / "offline.md": ROOT / "tests" / "test_trainer.py"}
-"""Pages whose code starts from a finished run, and the tests that have one and run it."""
+ELSEWHERE = {
+    ROOT / "docs" / "offline.md": ROOT / "tests" / "test_trainer.py",
+    ROOT / "docs" / "serving.md": ROOT / "tests" / "test_remote.py",
+}
+"""Pages whose code starts from a finished run or a server, and the tests that have one and run it."""
 
 RUNNABLE = [page for page in PAGES if any("signatures" not in block.options for block in blocks(page, "python"))]
 
@@ -283,7 +286,7 @@ def test_the_layer_table_is_the_one_that_is_checked() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d) \w+ \| ([^|]*) \|", text, re.MULTILINE)
     shown = {part: int(layer) for layer, parts in rows for part in re.findall(r"`(agentrl\.\w+)`", parts)}
-    assert shown == {part: layer for part, layer in LAYER.items() if part != "agentrl.serve"}
+    assert shown == LAYER
 
 
 def test_sections_that_the_code_cites_exist() -> None:

@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYER = {
     "agentrl.errors": 1,
     "agentrl.files": 1,
+    "agentrl.http": 1,
     "agentrl.images": 1,
     "agentrl.types": 1,
     "agentrl.policy": 1,
     "agentrl.envs": 1,
     "agentrl.config": 1,
     "agentrl.models": 1,
+    "agentrl.remote": 1,
     "agentrl.rollout": 2,
     "agentrl.serve": 2,
     "agentrl.batch": 3,
@@ -122,6 +124,8 @@ def test_plugins_import_contracts_only(path: Path) -> None:
         "agentrl.cli",
         "agentrl.train",
         "policies.scripted",
+        "policies.openai",
+        "policies.human",
         "policies.transformers",
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -183,7 +184,21 @@ def test_environments_that_cannot_be_measured_are_named_and_the_rest_is_shown() 
     assert "StatsMissing-v0: needs the package shop: pip install 'agentrl[shop]'" in result.stderr
     assert "StatsBare-v0: registered without scripted agents" in result.stderr
     assert "StatsBroken-v0, naive: no policy 'no-such'" in result.stderr
-    assert result.stdout.count("Lock-v0") == 3
+    assert re.search(r"Lock-v0 *\n +random .*\n +naive .*\n +expert ", result.stdout)
+    assert "Stats" not in result.stdout
+
+
+def test_a_role_without_an_agent_is_said_and_a_table_of_nothing_is_not_shown() -> None:
+    register("StatsLone-v0", "environments.lock.env:LockEnv", max_turns=5, agents={"random": "random"})
+    result = CliRunner().invoke(
+        app, ["envs", "StatsLone-v0", "Sokoban-v0", "--stats", "--episodes", "3"], env={"COLUMNS": "80"}
+    )
+    assert re.search(r"StatsLone-v0 *\n +random .*\n +naive: none *\n +expert: none", result.stdout)
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    register("StatsMissing-v0", Missing)
+    bare = invoke("envs", "StatsMissing-v0", "--stats", "--episodes", "3")
+    assert (bare.exit_code, bare.stdout) == (0, "")
 
 
 def test_options_of_stats_without_it_are_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import importlib
+import json
 import math
 import pathlib
 import random
@@ -463,10 +465,38 @@ def test_real_levels_with_four_boxes_are_solved(name):
         assert "$" not in replay(board, solve(board, limit=100_000))
 
 
+@needs_boxoban
+@pytest.mark.parametrize("name", ["unfiltered-test-000.txt", "medium-valid-000.txt"])
+def test_the_benchmark_solves_every_level_of_a_sample_within_its_limit(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("boxoban")
+    out = tmp_path / "boxoban.json"
+    options = ["--levels", str(BOXOBAN / name), "--sample", "40", "--limit-s", "10", "--json", str(out)]
+    result = benchmark.main(options)
+    assert json.loads(out.read_text()) == result
+    [found] = result["files"]
+    counts = {key: found[key] for key in ("levels", "sample", "solved", "timed_out", "unsolvable")}
+    assert counts == {"levels": 1000, "sample": 40, "solved": 40, "timed_out": 0, "unsolvable": 0}
+    assert 0 < found["seconds_median"] <= found["seconds_p99"] <= found["seconds_most"] < 10
+    assert name in capsys.readouterr().out
+
+
+@needs_boxoban
+def test_the_benchmark_counts_levels_that_run_into_the_limit(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("boxoban")
+    board = load_levels(str(BOXOBAN / "medium-valid-000.txt"))[0]
+    assert benchmark.attempt(board, 0.0)[0] == "timed out"
+    assert benchmark.attempt("######\n#$@ .#\n######", 10.0)[0] == "unsolvable"
+    assert benchmark.attempt(BOARD, 10.0)[::2] == ("solved", 2)
+
+
 def test_the_search_stops_at_its_limit():
     board = generate(LevelSettings(size=10, boxes=4, min_solution=60), np.random.default_rng(0))
     with pytest.raises(SearchLimitError, match="limit=3 "):
         solve(board, limit=3)
+    with pytest.raises(SearchLimitError, match=r"limit_s=0 seconds \(0 expanded"):
+        solve(board, limit_s=0)
     assert solve(board)
 
 

@@ -8,7 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from agentrl import __version__
-from agentrl.cli import benchmark, collect, credit_lab, demo, envs, evaluate, listing, model, train
+from agentrl.cli import (
+    benchmark,
+    collect,
+    compare,
+    credit_lab,
+    demo,
+    envs,
+    evaluate,
+    explain,
+    export,
+    listing,
+    model,
+    replay,
+    report,
+    serve,
+    train,
+)
 from agentrl.cli.common import Commands, console
 
 app = typer.Typer(
@@ -21,7 +37,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (demo, envs, listing, collect, model, train, evaluate, benchmark, credit_lab):
+for _module in (
+    demo,
+    envs,
+    listing,
+    collect,
+    model,
+    explain,
+    train,
+    evaluate,
+    compare,
+    replay,
+    export,
+    serve,
+    benchmark,
+    credit_lab,
+    report,
+):
     _module.add_commands(app)
 
 

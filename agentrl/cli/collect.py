@@ -24,8 +24,10 @@ from agentrl.cli.common import (
     console,
     errors,
     make_policy,
+    may_leave,
     rollout_settings,
     table,
+    usage_rows,
 )
 from agentrl.errors import UserError
 
@@ -75,9 +77,13 @@ def collect(
     check_output(out)
     player = make_policy(policy, model, assignments(policy_arg, "--policy-arg"), threads)
     tasks = [Task(seed + i, f"{seed + i}", group_size) for i in range(episodes // group_size)]
-    progress = EpisodeProgress(env, episodes)
+    progress = EpisodeProgress(env, episodes, shown=not player.interactive)
     try:
-        with progress, Collector(player, settings, rollout, OutcomeConfig(), on_episode=progress) as collector:
+        with (
+            progress,
+            may_leave(player),
+            Collector(player, settings, rollout, OutcomeConfig(), on_episode=progress) as collector,
+        ):
             collected = collector.collect(tasks, sampling=sampling, seed=seed)
     except KeyboardInterrupt:
         write_jsonl(out, progress.episodes)
@@ -88,7 +94,7 @@ def collect(
     finally:
         run(player.aclose())
     write_jsonl(out, collected.trajectories)
-    console.print(table(f"{player.name} in {env}", [*_summary(collected), ("written to", out)]))
+    console.print(table(f"{player.name} in {env}", [*_summary(collected), *usage_rows(player), ("written to", out)]))
 
 
 def _summary(collected: Collected) -> list[tuple[str, Any]]:

@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from agentrl.errors import UserError
+from agentrl.errors import EnvironmentFailure, UserError
 
 if TYPE_CHECKING:
     from agentrl.config import RolloutConfig
@@ -52,12 +60,13 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, he
 
 
 class Commands(TyperGroup):
-    """Prints a `UserError` as one red line (exit code 2). Every other exception keeps its traceback."""
+    """Prints a `UserError`, or that a server does not answer, as one red line (exit code 2). All else keeps its
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, EnvironmentFailure) as error:
             errors.print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
@@ -140,6 +149,32 @@ def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     return result
 
 
+@contextmanager
+def may_leave(policy: Policy) -> Iterator[None]:
+    """Ends the command in good order where a person who acts has left before any episode was finished."""
+    from agentrl.errors import InfrastructureError
+
+    try:
+        yield
+    except InfrastructureError:
+        if not policy.interactive:
+            raise
+        errors.print("no episode was finished")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def usage_rows(policy: Policy) -> list[tuple[str, Any]]:
+    """Returns what a served policy's calls have cost, as rows of a table; none for other policies."""
+    usage = getattr(policy, "usage", None)
+    if usage is None:
+        return []
+    rows = [
+        ("requests", f"{usage.calls:,}" + (f" ({usage.attempts:,} attempts)" if usage.attempts > usage.calls else ""))
+    ]
+    rows += [("prompt tokens", usage.prompt_tokens), ("completion tokens", usage.completion_tokens)]
+    return [*rows, ("cost", f"${usage.usd:,.4f}")] if usage.usd else rows
+
+
 def shown(value: Any) -> str:
     """Returns `value` as people read it: four digits for floats, ``4 x a, 1 x b`` for counts, ``-`` for nothing."""
     if value is None or value in ({}, [], ""):
@@ -160,10 +195,11 @@ def shown(value: Any) -> str:
 class EpisodeProgress:
     """Progress bar over episodes with the running success rate, on standard error. Use as a context manager.
 
-    Keeps the finished episodes (`episodes`), so that an interrupted command can still store them.
+    Keeps the finished episodes (`episodes`), so that an interrupted command can still store them. Without a bar
+    (`shown`) it prints how each episode ended.
     """
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, total: int, shown: bool = True) -> None:
         self.episodes: list[Trajectory] = []
         self._successes = 0
         self._bar = Progress(
@@ -175,12 +211,17 @@ class EpisodeProgress:
             TimeRemainingColumn(),
             console=errors,
             expand=True,
+            disable=not shown,
         )
         self._task = self._bar.add_task(description, total=total, success="  -  ")
 
     def __call__(self, trajectory: Trajectory) -> None:
         if not trajectory.scorable:
             return
+        if self._bar.disable:  # a person plays, whom nobody else tells how it ended
+            from agentrl.types import text_of
+
+            print(f"\n{text_of(trajectory.final_observation or '')}\nover: outcome {trajectory.outcome:g}", flush=True)
         self.episodes.append(trajectory)
         self._successes += trajectory.success
         rate = self._successes / len(self.episodes)
@@ -218,6 +259,29 @@ def step_progress(description: str) -> Iterator[Callable[[Mapping[str, float]], 
 
     with bar:
         yield on_step
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function of what is being done, how many bytes of it are, and of how many; 0 of 0: nobody knows."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        console=errors,
+        expand=True,
+        transient=True,
+    )
+    task = bar.add_task("", total=None, state="")
+
+    def on_stage(what: str, done: int, total: int) -> None:
+        state = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total else ""
+        bar.update(task, description=what, total=total or None, completed=done, state=state)
+
+    with bar:
+        yield on_stage
 
 
 class ShownLessons:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -117,7 +118,7 @@ def new_env(
 
 def _show_check(check: Check) -> None:
     verdict, _, rest = str(check).partition(" ")
-    line = Text(verdict, style="green" if check.passed else "bold red")
+    line = Text(verdict, style="bold red" if not check.passed else "yellow" if check.warning else "green")
     console.print(line.append(f" {rest}", style="default not bold"), soft_wrap=True)
 
 
@@ -141,6 +142,7 @@ def _list_environments(broken: dict[str, str]) -> None:
 def _show_environment(env_id: str) -> None:
     from agentrl.envs import environment_ids, make
     from agentrl.envs.registry import scripted_agents
+    from agentrl.remote.address import is_ours, name_of
     from agentrl.types import text_of
 
     world = make(env_id)
@@ -148,10 +150,16 @@ def _show_environment(env_id: str) -> None:
     base: Any = world.unwrapped
     limit = None if world.spec is None else world.spec.max_episode_steps
     agents = [f"{role}: {_called(agent)}" for role, agent in scripted_agents(env_id).items()]
+    if is_ours(env_id):
+        summary = base.fleet.description.summary
+        arguments = "\n".join(f"{name}={value!r}" for name, value in base.arguments.items()) or "none"
+    else:
+        summary = environment_ids().get(name_of(env_id), "")
+        arguments = signature(type(base), leave_out=("render_mode",))
     rows = [
-        ("what the agent does", environment_ids().get(env_id.rpartition(":")[2], "")),
+        ("what the agent does", summary),
         ("turn limit", limit),
-        ("arguments (--env-arg)", signature(type(base), leave_out=("render_mode",))),
+        ("arguments (--env-arg)", arguments),
         ("scripted agents", "\n".join(agents)),
     ]
     console.print(table(env_id, rows))
@@ -175,24 +183,39 @@ def _show_stats(env_ids: list[str], episodes: int, out: Path | None, model: str 
         stats, problems = _measure(env_id, episodes, count)
         measured += stats
         left_out += problems
-    unit = "words" if count is None else "tokens"
-    shown = Table(title=f"{episodes} episodes of each agent", title_justify="left", title_style="bold")
-    for name in ("env", "agent", "success (95 %)", "outcome (95 %)"):
-        shown.add_column(name, style="cyan" if name == "env" else None)
-    for name in ("turns", "characters", unit, "steps/s"):
-        shown.add_column(name, justify="right")
-    for s in measured:
-        rate = f"{s.success.value:.1%} [{s.success.low:.1%}, {s.success.high:.1%}]"
-        length = s.words if s.tokens is None else s.tokens
-        numbers = (f"{s.turns:.1f}", f"{s.characters:.0f}", f"{length:.1f}", f"{s.steps_per_second:,.0f}")
-        shown.add_row(s.env, s.role, rate, str(s.outcome), *numbers)
-    console.print(shown)
-    console.print(f"characters and {unit} are means over observations; steps/s is the environment alone", style="dim")
+        if out is not None:  # after each: one that takes hours or dies costs no other's numbers
+            report = {"episodes": episodes, "agents": [s.model_dump() for s in measured], "left_out": left_out}
+            out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if measured:
+        console.print(_stats_table(measured, episodes, "words" if count is None else "tokens"))
     for problem in left_out:
         errors.print(Text(problem, style="yellow"), soft_wrap=True)
-    if out is not None:
-        report = {"episodes": episodes, "agents": [s.model_dump() for s in measured], "left_out": left_out}
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _stats_table(measured: list[AgentStats], episodes: int, unit: str) -> Table:
+    """Returns a block of rows for each environment, narrow enough for 80 columns."""
+    from agentrl.envs.registry import ROLES
+
+    note = f"{unit}: mean over observations; steps/s: of the environment alone"
+    shown = Table(title=f"{episodes} episodes of each agent, with 95 % intervals", caption=note, box=SIMPLE_HEAD)
+    shown.title_justify = shown.caption_justify = "left"
+    shown.title_style, shown.caption_style = "bold", "dim"
+    shown.padding = 0  # the box has a space between columns
+    shown.add_column("agent", no_wrap=True)
+    for name in ("success, %", "outcome", "turns", unit, "steps/s"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for env_id in dict.fromkeys(s.env for s in measured):
+        shown.add_row(Text(env_id, style="cyan"))
+        found = {s.role: s for s in measured if s.env == env_id}
+        for role in ROLES:
+            if (s := found.get(role)) is None:
+                shown.add_row(Text(f"  {role}: none", style="dim"))
+                continue
+            rate = f"{100 * s.success.value:.3g} [{100 * s.success.low:.3g}, {100 * s.success.high:.3g}]"
+            length = s.words if s.tokens is None else s.tokens
+            numbers = (f"{s.turns:.1f}", f"{length:.0f}", f"{s.steps_per_second:,.0f}")
+            shown.add_row(f"  {role}", rate, str(s.outcome), *numbers)
+    return shown
 
 
 def _measure(env_id: str, episodes: int, tokens: Callable[[str], int] | None) -> tuple[list[AgentStats], list[str]]:

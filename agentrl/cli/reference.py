@@ -43,7 +43,8 @@ agentrl train run.yaml prm.beta=0.1 rollout.groups=16
 ```
 
 From Python: `agentrl.load_config("run.yaml", ["prm.beta=0.1"])`, or `agentrl.RunConfig` itself. Values on the command
-line are YAML, in which `1e-4` is a number here. What is not given has the default below.
+line are YAML, in which `1e-4` is a number here. What is not given has the default below. In containers every key is an
+environment variable too: `AGENTRL__PRM__BETA=0.1` is `prm.beta=0.1`; it goes over the file and under the command line.
 
 Refused before any work, with file and line: an unknown key (the nearest one is named), a value out of range, a key that
 stands twice in a file, settings that cannot work together. A run writes all its settings, defaults included, to

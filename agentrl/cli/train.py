@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from agentrl.config import RunConfig
 
 _SIGNS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
-_ENTRIES = (*_SIGNS_OF_A_RUN, "plan.txt", "tensorboard", "trajectories", "model", "failed")
+_ENTRIES = (
+    *_SIGNS_OF_A_RUN,
+    *("plan.txt", "versions.json", "tensorboard", "trajectories", "credit", "model", "failed"),
+    *("tracker-wandb.json", "wandb", "tracker-mlflow.json", "mlruns"),
+)
 """What a run leaves in its folder. ``--overwrite`` removes these and nothing else."""
 
 

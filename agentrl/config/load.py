@@ -216,10 +216,9 @@ def check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, places
 def _nearest(model: type[BaseModel], key: str, prefix: str) -> str:
     """Returns the hint for an unknown key: close names in its section, the same name elsewhere, or all its siblings."""
     key = key.lower()
+    leaves = {path: path.rpartition(".")[2] for path in _paths(RunConfig, "")}
     close = [prefix + name for name in difflib.get_close_matches(key, model.model_fields, n=2, cutoff=0.6)]
-    if not close:
-        paths = list(_paths(RunConfig, ""))
-        leaves = {path: path.rpartition(".")[2] for path in paths}
+    if not close or key in leaves.values():  # the very name in another section was meant before a like one in this
         best = difflib.get_close_matches(key, leaves.values(), n=1, cutoff=0.75)
         close = [path for path, leaf in leaves.items() if best and leaf == best[0]]
     if close:

@@ -22,7 +22,8 @@ class EnvConfig(Section):
     """Which environment, and how it is run."""
 
     id: str = "Sokoban-v0"
-    """Id (``agentrl envs`` lists all), or ``module:Id-v0`` to import `module` first."""
+    """Id (``agentrl envs`` lists all), ``module:Id-v0`` to import `module` first, or the URL of a served environment
+    (``http://host:8000/Sokoban-v0``; with several, separated by commas, episodes are spread over the servers)."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment while training."""
     eval_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -41,6 +42,8 @@ class ModelConfig(Section):
 
     engine: str = "transformers"
     """Policy plugin that samples from it (``agentrl policies`` lists all)."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the engine (``agentrl policies NAME`` shows them), e.g. ``{mode: local, kv_cache_gib: 1}``."""
     path: str = ""
     """Directory that `AutoModelForCausalLM` loads (or a hub name where a hub can be reached)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -49,6 +52,30 @@ class ModelConfig(Section):
     """Torch device, e.g. ``cuda`` or ``cuda:1``."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads on a CPU; None leaves torch's own choice."""
+
+
+class LoRAConfig(Section):
+    """Training of small adapters over a frozen model (LoRA, arXiv 2106.09685) in place of all weights. Policy, PRM and
+    critic have an adapter each over one base; the reference is the base itself."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of every adapter; 0 trains all weights. Adapters want a learning rate ten times as high, or more."""
+    alpha: int = Field(default=32, ge=1)
+    """An adapter's output is scaled by this over the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """0 only: with dropout the trainer's log-probs would differ from those that were sampled from."""
+    targets: str | list[str] = "all-linear"
+    """Layers with an adapter: the ends of their names (``[q_proj, v_proj]``), a regular expression of whole names, or
+    ``all-linear``: all but the LM head."""
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> LoRAConfig:
+        if self.dropout:
+            raise ValueError(
+                f"lora.dropout={self.dropout}: the trainer's log-probs would differ from those that were sampled from, "
+                "and every importance ratio with them; leave it at 0"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -62,6 +89,9 @@ class RolloutConfig(Section):
     """Size of the pool of training tasks that iterations draw from; 0 = a fresh task every time."""
     history: str = "full"
     """What the model sees of the past: ``full``, or ``window(k)``: the last k turns before the current observation."""
+    past_turns: Literal["sampled", "template"] = "sampled"
+    """How it sees them: as they were ``sampled``, in one growing row; or, with a ``template`` that shows them otherwise
+    (Qwen3's drops their thinking), as that does, in a new row each turn. What is trained on stays as sampled."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the sampling, and of every log-prob that training compares with it."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -74,10 +104,11 @@ class RolloutConfig(Section):
     """Token limit of one context; an episode that would pass it stops with ``token_limit``."""
     concurrency: int = Field(default=256, ge=1)
     """Episodes alive at once."""
-    executor: Literal["auto", "inline", "thread", "process"] = "auto"
-    """Where environment steps run; ``auto``: inline where the environment declares itself fast, else threads."""
+    executor: Literal["auto", "inline", "thread", "process", "async"] = "auto"
+    """Where environment steps run; ``auto``: inline where the environment declares itself fast, awaited (``async``)
+    where it is served over HTTP, else threads."""
     workers: int = Field(default=16, ge=1)
-    """Threads or processes for environment steps."""
+    """Threads or processes for environment steps; served environments need none."""
     step_deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for one `reset` or `step` of the environment."""
     policy_deadline_s: float = Field(default=600.0, gt=0)
@@ -156,7 +187,8 @@ class BufferConfig(Section):
     keep_iterations: int = Field(default=1, ge=1)
     """Iterations kept in memory and in checkpoints, for `prm.replay_iterations`."""
     write_trajectories: bool = True
-    """Write every iteration's trajectories to ``trajectories/``, to re-score or re-train from them offline."""
+    """Write every iteration's trajectories to ``trajectories/``, to re-score or re-train from them offline, and the
+    credit of their turns to ``credit/``."""
 
 
 class PairConfig(Section):
@@ -329,6 +361,22 @@ class PolicyUpdateConfig(Section):
     """With x = lp_new - lp_initial: x, x^2 / 2, or exp(-x) + x - 1 (algorithms.md 7.3)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus in the loss."""
+    tis: Literal["none", "token", "turn"] = "none"
+    """Truncated importance sampling of the engine's distribution towards the trainer's own (algorithms.md 7.6): a
+    token's loss times min(r, `tis_cap`), with r its own ratio or the product over its turn."""
+    tis_cap: float = Field(default=2.0, gt=1)
+    """Largest weight; also the bound c of the logged share of tokens with r outside [1/c, c]."""
+    reject: Literal["none", "token", "turn", "turn_mean"] = "none"
+    """Tokens carry no loss where r leaves [`reject_low`, `reject_high`]: their own, the product over the turn, or its
+    geometric mean."""
+    reject_low: float = Field(default=0.5, ge=0, lt=1)
+    """Smallest r that is kept."""
+    reject_high: float = Field(default=5.0, gt=1)
+    """Largest r that is kept."""
+    mismatch_tolerance: float = Field(default=1e-3, ge=0)
+    """Nats: where no log-prob of the sample differs by more, `tis` and `reject` stay off and cost nothing further."""
+    mismatch_sample: float = Field(default=0.1, gt=0, le=1)
+    """Share of trajectories (at least one) that decides about it in each iteration."""
     tokens_per_microbatch: int = Field(default=16384, ge=16)
     """Token budget of one forward-backward pass: memory, never the result."""
 
@@ -360,6 +408,8 @@ class LogConfig(Section):
 
     tensorboard: bool = True
     """Scalars to ``tensorboard/`` in the run's folder, where TensorBoard is installed."""
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
+    """The same scalars to Weights & Biases or MLflow (``pip install 'agentrl[wandb]'``, ``'agentrl[mlflow]'``)."""
     progress: bool = True
     """A progress bar and a line per iteration on standard error."""
 
@@ -377,6 +427,7 @@ class RunConfig(Section):
     """Times to collect, judge and update."""
     env: EnvConfig = Field(default_factory=EnvConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     outcome: OutcomeConfig = Field(default_factory=OutcomeConfig)
     shaping: ShapingConfig = Field(default_factory=ShapingConfig)
@@ -395,8 +446,9 @@ class RunConfig(Section):
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             raise ValueError(
                 f"rollout.top_p={self.rollout.top_p} / rollout.top_k={self.rollout.top_k} while training: the "
-                "log-probs sampled from are renormalised over the kept tokens, the trainer's are not, and every "
-                "importance ratio would be wrong; train with top_p=1, top_k=0 (evaluation may truncate)"
+                "log-probs sampled from are renormalised over the kept tokens, the trainer's are not (no engine tells "
+                "which tokens those were), and every importance ratio would be wrong; train with top_p=1, top_k=0 "
+                "(evaluation may truncate)"
             )
         first, last = self.training_seeds()
         evaluated = range(self.eval.seed, self.eval.seed + self.eval.episodes)

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line in ``metrics.jsonl``, and TensorBoard where it is installed.
+"""Metrics of a run: one JSON object per line in ``metrics.jsonl``, TensorBoard where it is installed, and trackers.
 
 A number that is not finite is written as null: JSON has no NaN, and a metric that does not exist in an iteration (pair
 accuracy without a pair) is no number.
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from agentrl.files import atomic_write
 
 if TYPE_CHECKING:
     from agentrl.rollout import Collected
+    from agentrl.train.trackers import Tracker
 
 FILE_NAME = "metrics.jsonl"
 
@@ -30,14 +31,18 @@ class MetricsLog:
     Args:
         run_dir: folder of the run; made where it is missing.
         tensorboard: also write scalars to ``run_dir/tensorboard``; one line says so where it is not installed.
+        trackers: get the same scalars, and are closed with the log.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], tensorboard: bool = False) -> None:
+    def __init__(
+        self, run_dir: str | os.PathLike[str], tensorboard: bool = False, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self._tensorboard = tensorboard
+        self._trackers = trackers
         self._writer: Any = None
         self._purge_step: int | None = None
         try:
@@ -60,6 +65,10 @@ class MetricsLog:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         if self._tensorboard:
             self._write_scalars(iteration, record)
+        if self._trackers:
+            scalars = dict(_scalars(record, ""))
+            for tracker in self._trackers:
+                tracker.write(iteration, scalars)
 
     def truncate_after(self, iteration: int) -> None:
         """Drops the lines of later iterations, and a last line that a kill cut off: a resumed run writes them anew."""
@@ -75,6 +84,8 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricsLog:
         return self

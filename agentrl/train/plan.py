@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agentrl.config.schema import RunConfig
 from agentrl.credit import load_credit
+from agentrl.train.mismatch import corrects
 
 
 def batch_plan(config: RunConfig) -> str:
@@ -20,6 +21,14 @@ def batch_plan(config: RunConfig) -> str:
         f"about {-(-episodes // max(1, update.minibatches))} episodes each, lr {update.lr:g} ({update.schedule})",
         f"memory    forward passes of at most {update.tokens_per_microbatch:,} tokens; no effect on the result",
     ]
+    if config.lora.rank:
+        targets = config.lora.targets if isinstance(config.lora.targets, str) else ", ".join(config.lora.targets)
+        lines.append(f"lora      adapters of rank {config.lora.rank} over one frozen base, on {targets}")
+    if corrects(update):
+        lines.append(
+            f"mismatch  tis {update.tis} (cap {update.tis_cap:g}), reject {update.reject} "
+            f"[{update.reject_low:g}, {update.reject_high:g}], beyond {update.mismatch_tolerance:g} nats of difference"
+        )
     needs = method.needs_of(options)
     if "prm" in needs:
         groups = "all groups" if prm.groups_per_update is None else f"{prm.groups_per_update} groups"

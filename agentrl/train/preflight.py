@@ -14,8 +14,10 @@ from agentrl.envs import environment_ids, make
 from agentrl.errors import UnknownNameError, UserError
 from agentrl.files import check_writable
 from agentrl.models.load import check_model_dir
+from agentrl.models.lora import check_peft, stored_parameters
 from agentrl.policy import policy_names
 from agentrl.train.checkpoint import checkpoints
+from agentrl.train.trackers import check_trackers
 
 
 def check_task(config: RunConfig) -> None:
@@ -93,6 +95,9 @@ def check_run(config: RunConfig) -> None:
     for start in (config.prm.init, config.critic.init):
         if start is not None:
             check_model_dir(start)
+    check_trackers(config.log.trackers)
+    if config.lora.rank:
+        check_peft()
 
 
 def check_run_dir(config: RunConfig, *, resume: bool, need_bytes: int = 0) -> Path:
@@ -120,6 +125,8 @@ def check_run_dir(config: RunConfig, *, resume: bool, need_bytes: int = 0) -> Pa
 def needed_bytes(trained: Sequence[Any], stored: Sequence[Any], keep: int, present: int) -> int:
     """Returns the disk space that checkpoints and the final model will take, in bytes; trajectories come on top.
 
+    Adapters are stored without their base; the final model is merged.
+
     One more checkpoint than `keep` lies on the disk while it is being written, and one more final model. A model that
     is trained is stored with the two moments of AdamW, each as large as its weights.
 
@@ -129,9 +136,14 @@ def needed_bytes(trained: Sequence[Any], stored: Sequence[Any], keep: int, prese
         keep: checkpoints that are kept.
         present: checkpoints that lie there already.
     """
-    checkpoint = 3 * sum(map(_weight_bytes, trained)) + sum(map(_weight_bytes, stored))
+    checkpoint = 3 * sum(map(_stored_bytes, trained)) + sum(map(_stored_bytes, stored))
     return (keep + 1 - min(present, keep)) * checkpoint + 2 * _weight_bytes(trained[0])
 
 
 def _weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _stored_bytes(model: Any) -> int:
+    """What a checkpoint holds of a model: all its weights, or its adapter."""
+    return sum(p.numel() * p.element_size() for p in stored_parameters(model))

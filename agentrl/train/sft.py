@@ -35,7 +35,8 @@ def tokenise(trajectory: Trajectory, chat: ChatCodec, history: str) -> Trajector
 
     Action log-probs are unknown and set to 0; turns that already hold ids of another tokenizer are tokenised anew.
     """
-    context = ContextBuilder(chat, trajectory.instructions, parse_history(history))
+    tools = trajectory.start_info.get("tool_schemas", ())
+    context = ContextBuilder(chat, trajectory.instructions, parse_history(history), tools)
     turns: list[Turn] = []
     for turn in trajectory.turns:
         prompt = context.observe(turn.observation)

@@ -21,20 +21,25 @@ from agentrl.buffer import TrajectoryBuffer, write_jsonl
 from agentrl.buffer.pairs import pair_counts
 from agentrl.config import RunConfig, dump_config
 from agentrl.credit import Advantage, Signals, load_credit
-from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError, UserError
+from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError
 from agentrl.evaluate import EvalResult, evaluate
-from agentrl.models.load import fingerprint, load_model, load_tokenizer, save_model
-from agentrl.policy import ModelPolicy, Sampling, load_policy
+from agentrl.models.load import load_model, load_tokenizer, save_model
+from agentrl.models.lora import BASE_FILE, check_base, has_adapter, load_adapter, load_trainable, merged
+from agentrl.policy import Sampling
 from agentrl.rollout import Collector, run
 from agentrl.train.checkpoint import broken, check_same_config, checkpoints, read_state, write_checkpoint
+from agentrl.train.credit_log import write_credit, write_versions
+from agentrl.train.engine import check_canary, make_engine, sync_engine
 from agentrl.train.gather import Dealer, Gathered, gather
 from agentrl.train.judge import Judge
 from agentrl.train.metrics import Clock, MetricsLog, rollout_metrics
+from agentrl.train.mismatch import corrects
 from agentrl.train.plan import batch_plan
 from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
 from agentrl.train.preflight import check_run, check_run_dir, needed_bytes
 from agentrl.train.shaping import invalid_turns, trainable
 from agentrl.train.stop import StopRequest
+from agentrl.train.trackers import make_trackers
 from agentrl.types import Trajectory
 
 Metrics = dict[str, Any]
@@ -81,11 +86,9 @@ class Trainer:
         torch.manual_seed(config.seed)
 
         self.tokenizer = load_tokenizer(config.model.path)
-        self.model = load_model(config.model.path, device=config.model.device, dtype=config.model.dtype, train=True)
-        policy = load_policy(config.model.engine, model=self.model, tokenizer=self.tokenizer)
-        if not isinstance(policy, ModelPolicy):
-            raise UserError(f"model.engine={config.model.engine!r} has no weights and cannot be trained")
-        self.policy = policy
+        where = config.model
+        self.model = load_trainable(where.path, device=where.device, dtype=where.dtype, lora=config.lora)
+        self.policy = policy = make_engine(config.model, self.model, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.policy_update)
         self.judge = Judge(config, self.model, self.credit.needs_of(self.credit_options))
         found = checkpoints(Path(config.run_dir) / "checkpoints")
@@ -98,11 +101,15 @@ class Trainer:
         self.started = time.perf_counter()
         if resume and found:
             self._restore(found[-1])
-        self.log = MetricsLog(self.run_dir, config.log.tensorboard)
+        else:
+            check_canary(policy, self.model, config.model.dtype)
+        trackers = make_trackers(config.log.trackers, self.run_dir, config.name, config.model_dump(mode="json"))
+        self.log = MetricsLog(self.run_dir, config.log.tensorboard, trackers)
         # A run killed before its first checkpoint starts afresh: its evaluation of iteration 0 is written again.
         self.log.truncate_after(self.iteration if self.iteration else -1)
         dump_config(config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.txt").write_text(batch_plan(config) + "\n")
+        write_versions(self.run_dir)
 
     def run(self) -> Metrics:
         """Trains to the last iteration. Ctrl-C or SIGTERM finishes the iteration, saves and returns.
@@ -144,6 +151,8 @@ class Trainer:
             clock.lap("prm")
             advantage = self.credit(signals, self.credit_options)
             self.last = Judged(batch, signals, advantage)
+            if self.config.buffer.write_trajectories:
+                write_credit(self.run_dir, self.iteration, batch, signals, advantage)
             clock.lap("other")
             policy_metrics = self._update(batch, signals, advantage)
             clock.lap("policy")
@@ -196,7 +205,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         # The model first: a kill in between leaves an older checkpoint to go on from, which will write it again.
-        save_model(self.model, self.tokenizer, self.run_dir / "model")
+        save_model(merged(self.model), self.tokenizer, self.run_dir / "model")
         return write_checkpoint(
             self.run_dir / "checkpoints",
             self.iteration,
@@ -267,18 +276,18 @@ class Trainer:
         )
         if config.overlong_filter != "none":
             metrics["overlong_filtered"] = float(batch.index.N - len(trained))
-        if self.config.model.dtype == "float32" and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
+        strict = self.config.model.dtype == "float32" and not corrects(config)
+        if strict and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
             raise AgentRLError(
                 f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} "
-                f"nats (limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution"
+                f"nats (limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution "
+                "(policy_update.tis and policy_update.reject correct what is known and small)"
             )
         return metrics | {"lr": rate}
 
     def _sync(self) -> None:
         """Gives the engine the new weights and checks that it has them."""
-        self.policy.load_weights(self.model.state_dict(), self.iteration)
-        if (theirs := self.policy.fingerprint()) != (ours := fingerprint(self.model)):
-            raise AgentRLError(f"weight sync failed: the engine's weights are {theirs}, the trainer's {ours}")
+        sync_engine(self.policy, self.model, self.iteration, self.config.model.dtype)
 
     def _needed_bytes(self, present: int) -> int:
         """Disk space that this run's checkpoints and model will take, with `present` checkpoints there already."""
@@ -291,6 +300,9 @@ class Trainer:
         """Puts everything back as it was after the checkpoint's iteration."""
         state = read_state(path)
         check_same_config(path, state.get("config") or {}, self.config, self.run_dir / "config.yaml")
+        for name, model in {"policy": self.model, **self.judge.models()}.items():
+            if has_adapter(model) and (path / name / BASE_FILE).is_file():
+                check_base(model, path / name)
         try:
             self._load_state(path, state)
         except (AgentRLError, KeyError, RuntimeError, ValueError) as error:
@@ -307,9 +319,12 @@ class Trainer:
         self.dealer.drawn = state["drawn"]
         self.buffer = TrajectoryBuffer.load(path / "buffer", self.config.buffer.keep_iterations)
         torch.set_rng_state(state["torch_rng"])
-        self.policy.load_weights(self.model.state_dict(), state["version"])
+        sync_engine(self.policy, self.model, state["version"], self.config.model.dtype)
 
     def _load_into(self, model: Any, path: Path) -> None:
+        if has_adapter(model):
+            load_adapter(model, path)
+            return
         saved = load_model(path, device=self.config.model.device)
         model.load_state_dict(saved.state_dict())
 

@@ -1,11 +1,13 @@
 """The other side of `test_openenv.py`: OpenEnv's stock server and client, run by an interpreter that has `openenv`.
 
 python openenv_peer.py serve     # prints its port
+python openenv_peer.py run       # runs the code of standard input, which may await; prints `result`
 python openenv_peer.py play URL  # a line of JSON in, {"reset": {...}}, {"step": {...}}, {"state": {}}; a line out
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import socket
@@ -69,5 +71,16 @@ async def play(url: str) -> None:
             print(json.dumps(result), flush=True)
 
 
+async def run() -> None:
+    """Runs code with an agent that goes up."""
+    namespace: dict[str, Any] = {"agent": lambda text: "up"}
+    code = compile(sys.stdin.read(), "stdin", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    await eval(code, namespace)
+    print(json.dumps(vars(namespace["result"])))
+
+
 if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else asyncio.run(play(sys.argv[2]))
+    if sys.argv[1] == "serve":
+        serve()
+    else:
+        asyncio.run(run() if sys.argv[1] == "run" else play(sys.argv[2]))

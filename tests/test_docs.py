@@ -103,8 +103,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 ELSEWHERE = {
-    ROOT / "docs" / "offline.md": ROOT / "tests" / "test_trainer.py",
-    ROOT / "docs" / "serving.md": ROOT / "tests" / "test_remote.py",
+    ROOT / "docs" / "offline.md": ("test_trainer.py",),
+    ROOT / "docs" / "serving.md": ("test_remote.py", "test_openenv.py"),
 }
 """Pages whose code starts from a finished run or a server, and the tests that have one and run it."""
 
@@ -132,8 +132,8 @@ def test_python_runs_as_written(page: Path, fresh: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "tests"), ELSEWHERE.items(), ids=place)
-def test_python_that_needs_a_run_is_run_elsewhere(page: Path, tests: Path) -> None:
-    code = tests.read_text(encoding="utf-8")
+def test_python_that_needs_a_run_is_run_elsewhere(page: Path, tests: tuple[str, ...]) -> None:
+    code = "".join((ROOT / "tests" / name).read_text(encoding="utf-8") for name in tests)
     assert page.name in code
     assert all(f"snippet({number})" in code for number in range(len(blocks(page, "python"))))
 

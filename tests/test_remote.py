@@ -23,6 +23,7 @@ from agentrl.errors import DeadlineExceeded, EnvironmentFailure, UserError
 from agentrl.images import images_of, png_bytes
 from agentrl.policy import FunctionPolicy, load_policy
 from agentrl.remote import client as wire
+from agentrl.remote import lanes
 from agentrl.remote.address import Address, name_of, parse_address
 from agentrl.remote.codec import content, decode
 from agentrl.remote.env import Fleet, RemoteEnv
@@ -373,8 +374,8 @@ def test_an_action_that_no_server_takes_harms_only_its_own_episode(url):
 
 
 def test_large_batches_are_divided(url, monkeypatch):
-    monkeypatch.setattr(wire, "BATCH", 5)
-    monkeypatch.setattr(wire, "MAX_BYTES", 400)
+    monkeypatch.setattr(lanes, "BATCH", 5)
+    monkeypatch.setattr(lanes, "MAX_BYTES", 400)
     collected = agentrl.collect(parrot(1.0), f"{url}/Echo-v0", episodes=32)
     assert collected.counts == {"terminated": 32}
     assert all(one.success for one in collected.trajectories)
@@ -660,8 +661,7 @@ def test_the_command_line_shows_served_environments_and_what_is_wrong(url, monke
     refused = runner.invoke(app, ["check-env", f"{url}/Lok-v0"])
     assert refused.exit_code == 2
     assert "did you mean 'Lock-v0'?" in refused.output
-    monkeypatch.setattr("agentrl.remote.servers.FIRST_S", 100.0)  # no second attempt fits into the time for retries
-    gone = runner.invoke(app, ["check-env", "http://127.0.0.1:9/Lock-v0"])
+    gone = runner.invoke(app, ["check-env", "http://127.0.0.1:9/Lock-v0", "--env-arg", "retry_s=0"])
     assert gone.exit_code == 2
     assert "http://127.0.0.1:9: " in gone.output
     assert "Traceback" not in gone.output

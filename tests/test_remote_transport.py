@@ -12,8 +12,9 @@ import pytest
 from served import served
 
 from agentrl.remote import transport as module
-from agentrl.remote.client import CREATE, Client, Lanes, Settings, adrive, anywhere, drive
+from agentrl.remote.client import CREATE, Client, Settings, adrive, anywhere, drive
 from agentrl.remote.errors import NoAnswer, Unreachable
+from agentrl.remote.lanes import Lanes
 from agentrl.remote.servers import server_at
 from agentrl.remote.transport import HttpxTransport, PlainTransport, Reply, async_transport, transport
 
@@ -199,9 +200,9 @@ def test_httpx_plays_the_same(monkeypatch):
         client.close()
 
         async def create() -> tuple[object, dict[str, object]]:
-            lanes = Lanes(settings)
-            made = await adrive(anywhere(CREATE, servers, {**request, "request": "b"}, settings), lanes)
-            await lanes.aclose()
+            made_lanes = Lanes(settings)
+            made = await adrive(anywhere(CREATE, servers, {**request, "request": "b"}, settings), made_lanes)
+            await made_lanes.aclose()
             return made
 
         _, other = asyncio.run(create())

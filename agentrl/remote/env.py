@@ -31,7 +31,6 @@ from agentrl.remote.client import (
     DESCRIBE,
     PATIENCE_S,
     Client,
-    Lanes,
     Settings,
     adrive,
     anywhere,
@@ -40,6 +39,7 @@ from agentrl.remote.client import (
 )
 from agentrl.remote.codec import content, created, encode, stepped
 from agentrl.remote.errors import Finished, NotAServer, RemoteError, Unreachable
+from agentrl.remote.lanes import Lanes
 from agentrl.remote.protocol import VERSION, EnvSpec, Stepped
 from agentrl.remote.servers import server_at
 from agentrl.types import Content
@@ -50,9 +50,7 @@ TOKEN_ENV = "AGENTRL_TOKEN"
 Answer = tuple[Content, float, bool, bool, dict[str, Any]]
 
 
-def settings_of(
-    env_id: str, kwargs: Mapping[str, Any], token_env: str, retry_s: float, timeout_s: float
-) -> Settings:
+def settings_of(env_id: str, kwargs: Mapping[str, Any], token_env: str, retry_s: float, timeout_s: float) -> Settings:
     """Returns what all calls of an environment have in common; the arguments are those of `Fleet`.
 
     Raises:
@@ -69,9 +67,7 @@ def settings_of(
     if token is not None and not (token.isascii() and token.isprintable()):
         raise UserError(f"environment {env_id!r}: the token in {token_env} holds more than printable ASCII")
     if retry_s < 0 or timeout_s <= 0:
-        raise UserError(
-            f"environment {env_id!r}: retry_s={retry_s}, timeout_s={timeout_s}; seconds, timeout_s above 0"
-        )
+        raise UserError(f"environment {env_id!r}: retry_s={retry_s}, timeout_s={timeout_s}; seconds, timeout_s above 0")
     return Settings(retry_s=retry_s, timeout_s=timeout_s, token=token)
 
 

@@ -59,6 +59,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(_config(app, settings, log_level))
+        logging.getLogger("uvicorn.error").addFilter(_no_fault)
 
     async def main_loop(self) -> None:
         """Serves until told to stop."""
@@ -97,6 +98,11 @@ class Server(uvicorn.Server):
             log.warning("stopping: %d sessions are closed", sessions.active)
         await sessions.stop()
         self.should_exit = True
+
+
+def _no_fault(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's says something: it takes a WebSocket refused with an HTTP answer for a fault."""
+    return "without completing handshake" not in record.getMessage()
 
 
 def _config(app: App, settings: Settings, log_level: str) -> uvicorn.Config:

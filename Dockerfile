@@ -8,6 +8,7 @@
 # torch comes from; without it, pip's own (on Linux that is the CUDA build, several gigabytes).
 ARG BASE_IMAGE=python:3.11-slim
 ARG BUILD_IMAGE=${BASE_IMAGE}
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM ${BUILD_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
@@ -57,3 +58,8 @@ COPY benchmarks benchmarks
 ENV MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/tmp/huggingface
 ENTRYPOINT ["agentrl"]
 CMD ["--help"]
+
+# A vLLM server that takes our weights (docker-compose.gpu.yml); last, so that nothing else pulls its base.
+FROM ${VLLM_IMAGE} AS vllm
+COPY --from=wheel /dist /dist
+RUN pip install --no-deps /dist/*.whl

@@ -65,7 +65,9 @@ $(VLLM)/installed: pyproject.toml
 
 vllm-test: $(VLLM)/installed  ## vLLM on this CPU, in an environment of its own (3.5 GB): sampling, sync, LoRA, kill -9
 	mkdir -p docs/results
-	bash -o pipefail -c '$(VLLM)/bin/python -m pytest -v -p no:cacheprovider --durations=0 tests/test_vllm.py tests/test_vllm_engine.py tests/test_vllm_run.py 2>&1 | sed "s#$(CURDIR)/##g" | tee docs/results/vllm_test.txt'
+	bash -o pipefail -c '{ $(VLLM)/bin/python -m pip freeze | grep -E "^(vllm|torch|transformers|peft|numpy)"; \
+		$(VLLM)/bin/python -m pytest -vv -p no:cacheprovider --durations=20 tests/test_vllm*.py; } 2>&1 \
+		| sed -u "s#$(CURDIR)/*##g" | tee docs/results/vllm_test.txt'
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) $(VLLM) runs

@@ -32,7 +32,7 @@ from typing import Any
 import httpx
 
 from agentrl import TextEnv, __version__
-from agentrl.remote import client as wire
+from agentrl.remote import lanes
 from agentrl.remote.env import Fleet, RemoteEnv
 
 HERE = Path(__file__).resolve()
@@ -81,7 +81,7 @@ async def play(port: int, settings: dict[str, Any]) -> dict[str, Any]:
     envs = [fleet.episode() for _ in range(settings["sessions"])]
     await asyncio.gather(*(env.areset(seed=number) for number, env in enumerate(envs)))
     if not settings["batch"]:
-        wire.BATCH = 1
+        lanes.BATCH = 1
     result = {"steps_per_second": await rate(envs, settings)}
     _wait()
     for env in envs:

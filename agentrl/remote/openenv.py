@@ -278,8 +278,8 @@ class OpenEnv(gym.Env[str, str]):
         """
         observation, reward, done = data.get("observation"), data.get("reward"), data.get("done", False)
         reward = 0.0 if reward is None else reward
-        good = isinstance(observation, dict | str) and isinstance(done, bool)
-        if not good or not isinstance(reward, int | float) or not math.isfinite(reward):
+        finite = isinstance(reward, int | float) and math.isfinite(reward)
+        if not isinstance(observation, dict | str) or not isinstance(done, bool) or not finite:
             self.close()
             raise Unreachable(f"{self.url}: answered outside the protocol: {json.dumps(data)[:200]}")
         if isinstance(observation, str):
@@ -311,7 +311,7 @@ class _BadText(InvalidRequest):
     """The server refuses the agent's text, and nothing else of the action."""
 
 
-def _decoded(body: bytes) -> Any:
+def _decoded(body: bytes | bytearray) -> Any:
     """Returns what JSON holds; None of anything else."""
     try:
         return json.loads(body)

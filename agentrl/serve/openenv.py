@@ -131,7 +131,7 @@ class OpenEnv:
 
     async def _schema(self, _: bytes, env_id: str) -> Answer:
         self._api.catalogue.entry(env_id)
-        models = {"action": Action, "observation": Observation, "state": State}
+        models: dict[str, type[Wire]] = {"action": Action, "observation": Observation, "state": State}
         return Answer(200, encode({name: model.model_json_schema() for name, model in models.items()}))
 
     async def _metadata(self, _: bytes, env_id: str) -> Answer:

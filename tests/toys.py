@@ -122,7 +122,7 @@ def run_config(run_dir: Path, model: Path, **settings: Any) -> RunConfig:
     return checked(RunConfig, config)
 
 
-TIMES = ("seconds", "elapsed")
+TIMES = ("seconds", "episode_seconds", "elapsed")
 
 
 def timeless(value: Any) -> Any:

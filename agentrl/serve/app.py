@@ -97,7 +97,12 @@ class Api:
             if perf_counter() - sliced > SLICE_S:
                 await asyncio.sleep(0)
                 sliced = perf_counter()
-        return self._batch([each if isinstance(each, Answer) else await self._item(each) for each in answers])
+        try:
+            return self._batch([each if isinstance(each, Answer) else await self._item(each) for each in answers])
+        finally:  # a client that left meanwhile: nobody waits for the rest
+            for each in answers:
+                if asyncio.iscoroutine(each):
+                    each.close()
 
     async def close(self, _: bytes, session: str) -> Answer:
         """Closes a session."""

@@ -15,6 +15,7 @@ import pytest
 
 import agentrl
 from agentrl import envs
+from agentrl.envs.check import check_env
 from agentrl.errors import ActionError, DataError, EnvironmentFailure, UserError
 from agentrl.policy import FunctionPolicy, load_policy, register_policy
 from agentrl.types import StopReason
@@ -354,6 +355,12 @@ def test_a_turn_limit_of_the_run_ends_the_dialogue_and_the_judge_still_speaks(se
     assert (reward, terminated, truncated, info["turns_left"]) == ((7, 4)[seat], True, False, 0)
     assert len(env.unwrapped._dialogue) == spoken
     assert judge.requests[0]["messages"][1]["content"].count('said: "mine"') == 3
+
+
+def test_with_a_judge_it_passes_the_checks_that_every_environment_passes(serve):
+    kwargs = {"judge_url": serve(verdict()).url, "judge_options": FAST, "partner": "chatterbox"}
+    report = check_env("Social-v0", kwargs=kwargs, seeds=[0, 1, 2], actions=60)
+    assert report.passed, str(report)
 
 
 def test_invalid_answers_count_for_the_run_s_turn_limit(serve):

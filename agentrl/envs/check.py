@@ -358,6 +358,8 @@ def _difference(one: list[Step], other: list[Step]) -> str:
     """Returns where two transcripts part, "" where they do not."""
     for turn, (first, second) in enumerate(zip(one, other, strict=False)):
         for name, a, b in zip(Step._fields, first, second, strict=True):
+            if name == "info":
+                a, b = ({key: value for key, value in info.items() if key != "usage"} for info in (a, b))
             if canonical(a) != canonical(b):
                 return f"{name} of turn {turn} was {short(a)} and is {short(b)}"
     return "" if len(one) == len(other) else f"it had {len(one) - 1} turns and has {len(other) - 1}"

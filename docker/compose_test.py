@@ -168,7 +168,7 @@ def artefacts() -> None:
     summary = found.pop("summary")
     FIGURES["run"] = found | {name: summary[name]["value"] for name in ("base_success", "final_success")}
     print(json.dumps(FIGURES["run"]))
-    for name in ("summary.json", "learning_curve.png", "train", "base"):
+    for name in ("summary.json", "learning_curve.png", "report.html", "train", "base"):
         if name not in found["files"]:
             raise Failed(f"the volume has no {name}: {found['files']}")
     if "model.safetensors" not in found["model"]:

@@ -63,6 +63,7 @@ def test_the_whole_story_in_small_and_again(tmp_path: Path) -> None:
     assert (summary["iterations"], summary["seed"]) == (2, 3)
     assert 100 < summary["peak_rss_mb"] < 3000
     assert re.fullmatch(r"[0-9a-f]{64}", summary["config_sha256"])
+    assert b"</html>" in (one / "report.html").read_bytes()
     assert (one / "learning_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert "10 held-out levels" in result.output
     assert f"{summary['final_success']['value']:.1%}" in result.output

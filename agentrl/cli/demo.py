@@ -71,11 +71,12 @@ def demo(
     with atomic_write(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     plot(settings, out)
+    write_page(settings, out / "report.html")
     console.print(report(settings, results))
-    console.print(
-        f"{time.perf_counter() - started:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB.  "
-        f"Curve: {out / 'learning_curve.png'}  Numbers: {out / 'summary.json'}  Agent: {out / 'train' / 'model'}"
-    )
+    console.print(f"{time.perf_counter() - started:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB")
+    console.print(f"Every turn and its credit, in a browser: {out / 'report.html'}")
+    console.print(f"Curve: {out / 'learning_curve.png'}  Numbers: {out / 'summary.json'}")
+    console.print(f"Agent: {out / 'train' / 'model'}")
 
 
 def make_base(settings: RunConfig, out: Path, demonstrations: int) -> None:
@@ -167,6 +168,15 @@ def plot(settings: RunConfig, out: Path) -> None:
 
     title = f"{settings.credit.method.upper()} on {settings.env.id}: {settings.name}, seed {settings.seed}"
     plot_run(read_metrics(Path(settings.run_dir) / "metrics.jsonl"), out / "learning_curve.png", title)
+
+
+def write_page(settings: RunConfig, path: Path) -> None:
+    """Writes the report of the run, one HTML file."""
+    from agentrl.report.data import make_report
+    from agentrl.report.page import render
+
+    with atomic_write(path) as file:
+        file.write(render(make_report([settings.run_dir])))
 
 
 def report(settings: RunConfig, results: dict[str, dict[str, EvalResult]]) -> Table:

@@ -10,7 +10,7 @@ action comes back as an observation instead of killing the episode, stepping a f
     admissible_actions list[str]: what may be done now, where the environment can list it
     state_key         str: equal exactly when two states are the same (for anchor-state methods)
     reward_parts      dict[str, float]: what the reward is made of
-    usage             dict: what models behind the environment cost (calls, tokens, seconds): measured, so that two equal
+    usage             dict: what models behind the environment cost (calls, tokens, seconds): measured, so that equal
                       episodes may differ in it
     tool_schemas      list[dict]: the tools that the instructions tell of (after `reset`; `ToolEnv` fills it in)
 """

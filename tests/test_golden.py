@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import Bandit, trajectory, turn
+from helpers import Bandit, per_turn, trajectory, turn
 
 from agentrl.batch import Index, build_batch
 from agentrl.batch.index import segment_sum
@@ -27,6 +27,7 @@ def close(ours, theirs):
 # --- outcome baselines ---
 
 
+@pytest.mark.parametrize("layout", [list, per_turn], ids=["packed", "per-turn"])
 @pytest.mark.parametrize(
     ("section", "key", "options"),
     [
@@ -40,14 +41,14 @@ def close(ours, theirs):
         ("rloo", "verl_loop_singleton_raw", {"singleton": "raw"}),
     ],
 )
-def test_outcome_advantages(golden, section, key, options):
+def test_outcome_advantages(golden, section, key, options, layout):
     inputs = golden[section]["inputs"]
     action = turn([1], [2], new_row=True)
     made = [
         trajectory(str(i), group, reward, [action] * (i % 3 + 1))
         for i, (group, reward) in enumerate(zip(inputs["index"], inputs["rewards"], strict=True))
     ]
-    index = build_batch(made).index
+    index = build_batch(layout(made)).index
     method, checked = load_credit(section, options)
     advantage = method(Signals(index, torch.tensor(inputs["rewards"])), checked)
     expected = torch.tensor(golden[section]["outputs"][key], dtype=torch.float64)
@@ -60,7 +61,7 @@ def test_outcome_advantages(golden, section, key, options):
 class Case:
     """The specification's six trajectories: groups g0 (A B C D) and g1 (E F)."""
 
-    def __init__(self, section):
+    def __init__(self, section, layout):
         inputs = section["inputs"]
         self.beta = inputs["beta"]
         self.names = list(inputs["trajectories"])
@@ -72,6 +73,7 @@ class Case:
             self.trajectories.append(trajectory(name, entry["group"], entry["outcome"], steps))
             prm += [x for t in entry["turns"] for x in t["logp_prm"]]
             old += [x for t in entry["turns"] for x in t["logp_old"]]
+        self.trajectories = layout(self.trajectories)
         self.batch = build_batch(self.trajectories)
         self.index = self.batch.index
         self.outcome = torch.tensor([t.outcome for t in self.trajectories], dtype=torch.float64)
@@ -87,9 +89,9 @@ class Case:
         return method(Signals(self.index, self.outcome, token_reward=self.beta * self.log_ratio), checked)
 
 
-@pytest.fixture(scope="module")
-def case(golden):
-    return Case(golden["oprl"])
+@pytest.fixture(scope="module", params=[list, per_turn], ids=["packed", "per-turn"])
+def case(golden, request):
+    return Case(golden["oprl"], request.param)
 
 
 @pytest.fixture(scope="module")

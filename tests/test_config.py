@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.config import RunConfig, config_sha256, dump_config, load_config
+from agentrl.config import RunConfig, config_sha256, dotted, dump_config, load_config
 from agentrl.config.load import parse_assignments
 from agentrl.errors import ConfigError
 
@@ -162,3 +162,9 @@ def test_held_out_seeds_may_not_be_training_seeds():
 def test_a_prm_of_its_own_cannot_be_rebased_on_the_policy():
     with pytest.raises(ConfigError, match=r"leave prm\.init out"):
         load_config(None, ["prm.reference=rebase", "prm.init=models/other"])
+
+
+def test_dotted_keys_of_nested_settings() -> None:
+    nested = {"a": {"b": 1, "c": {}}, "d": [{"e": 2}, 3], "f": []}
+    assert dotted(nested) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}, 3], "f": []}
+    assert dotted(nested, lists=True) == {"a.b": 1, "a.c": {}, "d.0.e": 2, "d.1": 3, "f": []}

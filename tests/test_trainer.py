@@ -138,6 +138,14 @@ def engine(policies: None, monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
     return Engine
 
 
+@pytest.mark.parametrize("name", ["human", "random"])
+def test_a_policy_that_takes_no_model_is_no_engine(
+    name: str, tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]
+) -> None:
+    with pytest.raises(UserError, match=f"model.engine='{name}' .*cannot be trained"):
+        trainer_of(run_config(tmp_path, warm, model__engine=name))
+
+
 def test_an_engine_with_weights_of_its_own_trains_alike(engine: Any, tmp_path: Path, warm: Path) -> None:
     for name in ("transformers", "engine"):
         train(run_config(tmp_path / name, warm, model__engine=name))

@@ -192,6 +192,21 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+def success_bar(*, shown: bool = True) -> Progress:
+    """Returns a bar over episodes on standard error; its tasks have a field ``success``, the text behind the count."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[success]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        expand=True,
+        disable=not shown,
+    )
+
+
 class EpisodeProgress:
     """Progress bar over episodes with the running success rate, on standard error. Use as a context manager.
 
@@ -202,18 +217,8 @@ class EpisodeProgress:
     def __init__(self, description: str, total: int, shown: bool = True) -> None:
         self.episodes: list[Trajectory] = []
         self._successes = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("success {task.fields[success]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=errors,
-            expand=True,
-            disable=not shown,
-        )
-        self._task = self._bar.add_task(description, total=total, success="  -  ")
+        self._bar = success_bar(shown=shown)
+        self._task = self._bar.add_task(description, total=total, success="success   -  ")
 
     def __call__(self, trajectory: Trajectory) -> None:
         if not trajectory.scorable:
@@ -225,7 +230,7 @@ class EpisodeProgress:
         self.episodes.append(trajectory)
         self._successes += trajectory.success
         rate = self._successes / len(self.episodes)
-        self._bar.update(self._task, advance=1, success=f"{rate:5.1%}")
+        self._bar.update(self._task, advance=1, success=f"success {rate:5.1%}")
 
     def __enter__(self) -> EpisodeProgress:
         self._bar.start()

@@ -7,11 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from agentrl.cli.common import check_output, console, errors
+from agentrl.cli.common import check_output, console, errors, success_bar
 from agentrl.cli.evaluate import short
 
 if TYPE_CHECKING:
@@ -117,16 +116,7 @@ class _SuiteProgress:
     """A bar over all episodes of a suite."""
 
     def __init__(self, suite: Suite) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[success]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=errors,
-            expand=True,
-        )
+        self._bar = success_bar()
         self._task = self._bar.add_task(suite.name, total=suite.episodes * len(suite.cells()), success="")
         self._cell, self._scored, self._successes, self._done = ("", ""), 0, 0, 0
 

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from agentrl.cli.common import (
@@ -29,6 +28,7 @@ from agentrl.cli.common import (
     make_policy,
     may_leave,
     rollout_settings,
+    success_bar,
     table,
     usage_rows,
 )
@@ -163,17 +163,7 @@ class _Watch:
         self.hooks: dict[str, Any] = {"on_summary": self._add}
         if self._plain is not None:
             self.hooks["on_episode"] = self._plain
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[success]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=errors,
-            expand=True,
-            disable=self._plain is not None,
-        )
+        self._bar = success_bar(shown=self._plain is None)
         self._envs, self._count = envs, count
         self._task = self._bar.add_task(envs[0], total=count * len(envs), success="")
 

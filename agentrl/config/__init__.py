@@ -1,6 +1,6 @@
 """One `RunConfig` for a run: YAML file, dotted overrides, unknown keys refused."""
 
-from agentrl.config.load import config_sha256, dump_config, load_config
+from agentrl.config.load import config_sha256, dotted, dump_config, load_config
 from agentrl.config.schema import (
     BufferConfig,
     CheckpointConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "config_sha256",
+    "dotted",
     "dump_config",
     "load_config",
 ]

@@ -191,6 +191,18 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[leaf] = value
 
 
+def dotted(values: Mapping[Any, Any], *, lists: bool = False) -> dict[str, Any]:
+    """Returns nested mappings as one, keys joined by dots; empty ones are values. With `lists` the same of lists."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dict(enumerate(value)) if lists and isinstance(value, list) else value
+        if isinstance(inner, Mapping) and inner:
+            flat |= {f"{key}.{below}": leaf for below, leaf in dotted(inner, lists=lists).items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
 def check_keys(model: type[BaseModel], data: dict[str, Any], prefix: str, places: Mapping[str, str]) -> dict[str, Any]:
     """Refuses unknown keys and sections that are no mapping; returns `data` with empty sections filled by ``{}``."""
     checked: dict[str, Any] = {}

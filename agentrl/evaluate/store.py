@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from agentrl.buffer import read_jsonl, write_jsonl
 from agentrl.buffer.jsonl import append_line
+from agentrl.config import dotted
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import DataError, UserError
 from agentrl.evaluate.result import EvalReport
@@ -94,7 +95,7 @@ class EvalStore:
             stored = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path}: {error}; choose another folder") from None
-        ours, theirs = dict(_flat(self._settings)), dict(_flat(stored))
+        ours, theirs = dotted(self._settings, lists=True), dotted(stored, lists=True)
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             if key not in theirs or key not in ours or ours[key] != theirs[key]:
                 raise UserError(
@@ -144,16 +145,6 @@ class EvalStore:
         """Writes the result of a complete evaluation."""
         with atomic_write(self.folder / RESULT) as file:
             file.write(report.model_dump_json(indent=2).encode() + b"\n")
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted keys and leaves; an empty container is a leaf."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not items or not value:
-        yield prefix, value
-        return
-    for key, item in items:
-        yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _write_json(path: Path, value: Any) -> None:

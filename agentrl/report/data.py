@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentrl import __version__
-from agentrl.config import RunConfig
+from agentrl.config import RunConfig, dotted
 from agentrl.report import health
 from agentrl.report.episodes import Cache, Shown, encode, load
 from agentrl.report.runs import Run, find_runs
-from agentrl.train.trackers import dotted
 
 TRAJECTORIES = 2000
 """Shown in a report, unless told otherwise."""

@@ -26,7 +26,7 @@ from agentrl.errors import (
     UserError,
 )
 from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest
-from agentrl.rollout.episode import Episode, Shared, _reason
+from agentrl.rollout.episode import Episode, Shared
 from agentrl.rollout.executors import Environment, LocalHost, Method
 from agentrl.rollout.outcome import judged
 from agentrl.rollout.seeds import action_seed
@@ -146,12 +146,8 @@ class DirectEpisode(Episode):
         trajectory, shared = self.trajectory, self._shared
         try:
             trajectory.stop_reason = self._play_now(perf_counter() + shared.config.episode_deadline_s)
-        except InfrastructureError as error:
-            trajectory.stop_reason, trajectory.error = _reason(error), str(error)
-            self.cause = error
-        except asyncio.CancelledError:
-            trajectory.stop_reason, trajectory.error = StopReason.CANCELLED, "the collection was cancelled"
-            raise
+        except (InfrastructureError, asyncio.CancelledError) as error:
+            self._failed(error)
         finally:
             trajectory.final_observation = self._observation
             self._release()

@@ -113,18 +113,22 @@ class Episode:
             timer = asyncio.get_running_loop().call_later(deadline, self._expire)
         try:
             trajectory.stop_reason = await self._play()
-        except InfrastructureError as error:
-            trajectory.stop_reason, trajectory.error = _reason(error), str(error)
-            self.cause = error
-        except asyncio.CancelledError:
-            trajectory.stop_reason, trajectory.error = StopReason.CANCELLED, "the collection was cancelled"
-            raise
+        except (InfrastructureError, asyncio.CancelledError) as error:
+            self._failed(error)
         finally:
             if timer is not None:
                 timer.cancel()
             trajectory.final_observation = self._observation
             self._release()
         return trajectory
+
+    def _failed(self, error: InfrastructureError | asyncio.CancelledError) -> None:
+        """Says in the trajectory what ended it; raises the cancellation on."""
+        if isinstance(error, asyncio.CancelledError):
+            self.trajectory.stop_reason, self.trajectory.error = StopReason.CANCELLED, "the collection was cancelled"
+            raise error
+        self.trajectory.stop_reason, self.trajectory.error = _reason(error), str(error)
+        self.cause = error
 
     def _release(self) -> None:
         if self._environment is not None:

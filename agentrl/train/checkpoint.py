@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from agentrl.config import RunConfig
+from agentrl.config import RunConfig, dotted
 from agentrl.errors import DataError, UserError
 from agentrl.models.load import write_model
 from agentrl.models.lora import has_adapter, write_adapter
@@ -109,7 +109,7 @@ def check_same_config(path: Path, stored: dict[str, Any], config: RunConfig, fil
         UserError: names the settings that differ.
     """
     ours, theirs, defaults = (
-        _flat({key: value for key, value in values.items() if key not in ("run_dir", "name", "log")})
+        dotted({key: value for key, value in values.items() if key not in ("run_dir", "name", "log")})
         for values in (config.model_dump(mode="json"), stored, RunConfig().model_dump(mode="json"))
     )
     changed = [key for key in ours if ours[key] != theirs.get(key, defaults.get(key))]
@@ -121,16 +121,6 @@ def check_same_config(path: Path, stored: dict[str, Any], config: RunConfig, fil
             f"{path} was written with another configuration ({shown}{more}); resume with the one in {file}, or start a "
             "new run_dir"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def broken(path: Path, error: Exception) -> DataError:

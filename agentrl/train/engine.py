@@ -34,8 +34,10 @@ def make_engine(config: ModelConfig, model: Any, tokenizer: Any) -> ModelPolicy:
     try:
         policy = load_policy(config.engine, model=model, tokenizer=tokenizer, **config.engine_options)
     except TypeError as error:
-        if not config.engine_options or "keyword argument" not in str(error):
+        if "keyword argument" not in str(error):
             raise
+        if not config.engine_options:
+            raise UserError(f"model.engine={config.engine!r} takes no model, so that it cannot be trained") from error
         raise UserError(
             f"model.engine_options={config.engine_options} with model.engine={config.engine!r}: {error} "
             f"(agentrl policies {config.engine} shows its options)"

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from agentrl.config import dotted
 from agentrl.errors import UserError, unknown_name
 from agentrl.files import atomic_write
 
@@ -146,17 +147,6 @@ def make_trackers(names: Sequence[str], run_dir: Path, name: str, config: Mappin
                 tracker.close()
             raise UserError(f"log.trackers: {kind} cannot start: {error}") from error
     return made
-
-
-def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, keys joined by dots; empty ones stay as they are."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _remembered(run_dir: Path, kind: str) -> dict[str, Any]:

@@ -86,8 +86,9 @@ class Trainer:
         torch.manual_seed(config.seed)
 
         self.tokenizer = load_tokenizer(config.model.path)
-        where = config.model
-        self.model = load_trainable(where.path, device=where.device, dtype=where.dtype, lora=config.lora)
+        self.model = load_trainable(
+            config.model.path, device=config.model.device, dtype=config.model.dtype, lora=config.lora
+        )
         self.policy = policy = make_engine(config.model, self.model, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.policy_update)
         self.judge = Judge(config, self.model, self.credit.needs_of(self.credit_options))

@@ -84,6 +84,7 @@ def test_a_run_leaves_what_it_promises(run: Path, warm: Path) -> None:
     assert set(seconds) == {"generation", "environment", "prm", "policy", "other"}
     assert 0 < sum(seconds.values()) <= records[1]["elapsed"]
     assert records[1]["elapsed"] < records[2]["elapsed"] < records[3]["elapsed"]
+    assert 100 < records[1]["peak_memory_mb"] <= records[3]["peak_memory_mb"] < 10_000
 
 
 def test_every_iteration_plays_new_tasks_in_whole_groups(run: Path) -> None:

@@ -122,11 +122,11 @@ def run_config(run_dir: Path, model: Path, **settings: Any) -> RunConfig:
     return checked(RunConfig, config)
 
 
-TIMES = ("seconds", "episode_seconds", "elapsed")
+MEASURED = ("seconds", "episode_seconds", "elapsed", "peak_memory_mb")
 
 
 def timeless(value: Any) -> Any:
-    """`value` without what differs between two equal runs: wall times."""
+    """`value` without what differs between two equal runs: wall times and memory."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+        return {key: timeless(item) for key, item in value.items() if key not in MEASURED}
     return [timeless(item) for item in value] if isinstance(value, list) else value

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,7 +146,8 @@ def summarise(
     settings: RunConfig, results: dict[str, dict[str, EvalResult]], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Returns what ``summary.json`` holds beside the hash of the settings."""
-    scale = 1 if sys.platform == "darwin" else 1024
+    from agentrl.train.metrics import peak_memory_mb
+
     return {
         "base_success": results["base"]["sampled"].success.model_dump(),
         "final_success": results["final"]["sampled"].success.model_dump(),
@@ -156,7 +155,7 @@ def summarise(
         "final_success_greedy": results["final"]["greedy"].success.model_dump(),
         "iterations": settings.iterations,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20, 1),
+        "peak_rss_mb": round(peak_memory_mb(), 1),
         "seed": settings.seed,
     }
 

@@ -154,6 +154,18 @@ def rollout_metrics(collected: Collected) -> dict[str, Any]:
     }
 
 
+def peak_memory_mb(device: str = "cpu") -> float:
+    """Returns the most memory held at once so far, in MB (2^20 bytes): of the device, or of this process on a CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    import resource  # not on Windows
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+
+
 class Clock:
     """Wall seconds of an iteration by part; ``prm`` holds all judges, ``policy`` the critic's update too."""
 

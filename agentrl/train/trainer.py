@@ -32,7 +32,7 @@ from agentrl.train.credit_log import write_credit, write_versions
 from agentrl.train.engine import check_canary, make_engine, sync_engine
 from agentrl.train.gather import Dealer, Gathered, gather
 from agentrl.train.judge import Judge
-from agentrl.train.metrics import Clock, MetricsLog, rollout_metrics
+from agentrl.train.metrics import Clock, MetricsLog, peak_memory_mb, rollout_metrics
 from agentrl.train.mismatch import corrects
 from agentrl.train.plan import batch_plan
 from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
@@ -173,6 +173,7 @@ class Trainer:
             "groups": pair_counts([*gathered.played.trajectories, *gathered.played.failed]),
             "seconds": clock.seconds,
             "elapsed": time.perf_counter() - self.started,
+            "peak_memory_mb": peak_memory_mb(self.config.model.device),
             "tokens": batch.tokens,
             "action_tokens": batch.index.K,
         }

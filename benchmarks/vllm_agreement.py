@@ -4,11 +4,12 @@
     python benchmarks/vllm_agreement.py --out runs/try --seeds 0 --iterations 2 --demonstrations 500
 
 Each run is a process of its own (``agentrl train configs/sokoban_oprl_vllm.yaml``, and the same with
-``model.engine=transformers``), one after the other; runs that are there already are read, not repeated. The engines
-draw different random numbers, so that two runs of one seed differ as two seeds do: what is compared is the mean of the
-final held-out success over the seeds, and their difference with the spread of the seeds (Welch's standard error; the
-engines agree where zero lies within two of it). Beside it, per engine: the largest difference of log-probs recorded
-while sampling from the trainer's own in any iteration, and seconds per iteration by part.
+``model.engine=transformers``), one after the other; runs that are there already are read, not repeated, and an
+interrupted one goes on. The engines draw different random numbers, so that two runs of one seed differ as two seeds do:
+what is compared is the mean of the final held-out success over the seeds, and their difference with the spread of the
+seeds (Welch's standard error; the engines agree where zero lies within two of it). Beside it, per engine: the largest
+difference of log-probs recorded while sampling from the trainer's own in any iteration, and seconds per iteration by
+part.
 
 The base model is made first: the demo's two lessons, in a network whose attention heads vLLM has kernels for on a CPU.
 """
@@ -90,6 +91,7 @@ def train(name: str, seed: int, base: Path, options: argparse.Namespace) -> Path
     given += [f"model.threads={options.threads}", *options.set]
     if name == "vllm":
         given += [f"model.engine_options.threads={options.threads}", *options.vllm]
+    given += ["--resume"] if folder.exists() else []
     subprocess.run([sys.executable, "-m", "agentrl", "train", CONFIG, *given, *ENGINES[name]], check=True)
     return folder
 

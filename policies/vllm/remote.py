@@ -25,6 +25,10 @@ from policies.vllm.transfer import Exchange
 log = logging.getLogger("agentrl.vllm")
 Start = Callable[[], ServerProcess]
 
+_NONE_KEPT = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+"""A connection for each request. vLLM's server closes those that are idle for 5 seconds, and a request that meets the
+closing looks like a server that died; another connection costs nothing beside a forward pass."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
@@ -85,10 +89,10 @@ class RemoteEngine:
 
     def _connect(self) -> httpx.Client:
         if self.server is not None:
-            transport = httpx.HTTPTransport(uds=str(self.server.socket))
+            transport = httpx.HTTPTransport(uds=str(self.server.socket), limits=_NONE_KEPT)
             return httpx.Client(transport=transport, base_url="http://vllm", timeout=self.answer_s)
         assert self.url is not None
-        return httpx.Client(base_url=self.url.rstrip("/").removesuffix("/v1"), timeout=self.answer_s)
+        return httpx.Client(base_url=self.url.rstrip("/").removesuffix("/v1"), timeout=self.answer_s, limits=_NONE_KEPT)
 
     def _greet(self) -> None:
         """Finds out who is there."""
@@ -126,9 +130,15 @@ class RemoteEngine:
         if self._needs_revival():
             await asyncio.to_thread(self._revive)
         server, client = self.server, self._client_here()
+        body = self._body(ids, params)
         try:
             async with asyncio.timeout(self.answer_s):
-                answer = await client.post("/inference/v1/generate", json=self._body(ids, params), timeout=None)
+                try:
+                    answer = await client.post("/inference/v1/generate", json=body, timeout=None)
+                except httpx.HTTPError:
+                    if not await self._well(client):
+                        raise
+                    answer = await client.post("/inference/v1/generate", json=body, timeout=None)
         except TimeoutError:
             raise self._gone(server, f"gave no answer within answer_s={self.answer_s:g} s") from None
         except httpx.HTTPError as error:
@@ -136,6 +146,13 @@ class RemoteEngine:
         if answer.status_code >= 500:  # about this request; an engine that is dead ends its server by itself
             raise PolicyFailure(f"the vLLM server failed (HTTP {answer.status_code}): {answer.text.strip()[:400]}")
         return self._read(self._checked("/inference/v1/generate", answer, server))
+
+    async def _well(self, client: httpx.AsyncClient) -> bool:
+        """Whether the server answers: then a connection has broken, not the server."""
+        try:
+            return (await client.get("/health", timeout=5.0)).is_success
+        except httpx.HTTPError:
+            return False
 
     def _read(self, answer: Any) -> Generated:
         try:
@@ -309,12 +326,11 @@ class RemoteEngine:
         loop, kept = asyncio.get_running_loop(), self._async
         if kept is not None and kept[:2] == (loop, self.server):
             return kept[2]
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         if self.server is not None:
-            transport = httpx.AsyncHTTPTransport(uds=str(self.server.socket), limits=limits)
+            transport = httpx.AsyncHTTPTransport(uds=str(self.server.socket), limits=_NONE_KEPT)
             client = httpx.AsyncClient(transport=transport, base_url="http://vllm")
         else:
-            client = httpx.AsyncClient(base_url=self._client.base_url, limits=limits)
+            client = httpx.AsyncClient(base_url=self._client.base_url, limits=_NONE_KEPT)
         self._async = (loop, self.server, client)
         return client
 

@@ -5,10 +5,11 @@
 
 The environment answers with the agent's text and its turn: what is timed is the way there and back. Each server is a
 process of its own, made anew for each measurement, and each side is played by its own client: ours by `RemoteEnv`
-(one request a step), by the same on an event loop with a request for each step (*single*), and as the collector plays
-(*batch*: what is ready in the same tick travels together); theirs by `GenericEnvClient`, whose sessions are a WebSocket
-each. Latency: one session, one step after another. Rates: every session steps as fast as it can. Memory: what the
-server's resident set grew by, over the number of sessions. The sides take turns; figures are medians over the repeats.
+(one request a step), by the same on an event loop with a request for each step (*single*), and as it plays there by
+itself (*batch*: what is ready in the same tick travels together, many steps in two halves); theirs by
+`GenericEnvClient`, whose sessions are a WebSocket each. Latency: one session, one step after another. Rates: every
+session steps as fast as it can. Memory: what the server's resident set grew by, over the number of sessions. The sides
+take turns; figures are medians over the repeats.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
+import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from agentrl.remote.errors import Unreachable
@@ -18,11 +21,21 @@ _PICTURE = re.compile(r"images/[0-9a-f]{32}\.png")
 """`agentrl.images` names pictures so. A server's word is not taken for it: the name becomes a path of files."""
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _PNG = b"\x89PNG\r\n\x1a\n"
+_FIELDS = Stepped.model_fields.keys()
+
+Played = tuple[int, Any, float, bool, bool, dict[str, Any]]
+"""Step, observation (`content` reads it), reward, terminated, truncated, info."""
 
 
 def encode(message: Any) -> str:
     """Returns JSON in ASCII, so that half a surrogate pair survives."""
     return _encode(message)
+
+
+def encode_step(item: Mapping[str, Any]) -> str:
+    """Returns `encode` of a `SessionStep`, at a tenth of the cost: only the action may need escapes."""
+    action = encode_basestring_ascii(item["action"])
+    return f'{{"session":"{item["session"]}","step":{item["step"]},"action":{action}}}'
 
 
 def decode(body: bytes) -> Any:
@@ -31,7 +44,10 @@ def decode(body: bytes) -> Any:
     Raises:
         ValueError: it is no JSON.
     """
-    answer = json.loads(body)
+    try:
+        answer = pydantic_core.from_json(body, cache_strings="keys")
+    except ValueError:  # half a surrogate pair is no JSON to this parser
+        answer = json.loads(body)
     if b'"png"' in body:
         _share_pictures(answer)
     return answer
@@ -43,10 +59,22 @@ def created(url: str, answer: Any) -> Created:
     return made
 
 
-def stepped(url: str, answer: Any) -> Stepped:
-    """Checks the answer to a step. Raises `Unreachable`: it is none."""
+def stepped(url: str, answer: Any) -> Played:
+    """Returns the fields of a `Stepped`.
+
+    Checked by hand where they have just the types they should: pydantic takes seven times as long.
+
+    Raises:
+        Unreachable: it is no answer to a step.
+    """
+    if type(answer) is dict and answer.keys() == _FIELDS:
+        step, observation, reward = answer["step"], answer["observation"], answer["reward"]
+        terminated, truncated, info = answer["terminated"], answer["truncated"], answer["info"]
+        numbers = type(step) is int and type(reward) is float and type(terminated) is type(truncated) is bool
+        if numbers and type(observation) is str and type(info) is dict:
+            return step, observation, reward, terminated, truncated, info
     played: Stepped = _checked(_STEPPED, url, answer)
-    return played
+    return played.step, played.observation, played.reward, played.terminated, played.truncated, played.info
 
 
 def content(url: str, observation: Any) -> Content:

@@ -34,13 +34,14 @@ from agentrl.remote.client import (
     Settings,
     adrive,
     anywhere,
+    astep,
     drive,
     step,
 )
 from agentrl.remote.codec import content, created, encode, stepped
-from agentrl.remote.errors import Finished, NotAServer, RemoteError, Unreachable
+from agentrl.remote.errors import Finished, NotAServer, RemoteError, TooLarge, Unreachable
 from agentrl.remote.lanes import Lanes
-from agentrl.remote.protocol import VERSION, EnvSpec, Stepped
+from agentrl.remote.protocol import MAX_ACTION, VERSION, EnvSpec
 from agentrl.remote.servers import server_at
 from agentrl.types import Content
 
@@ -104,6 +105,8 @@ class Fleet:
         self.servers = [server_at(url) for url in self.address.servers]
         self.max_turns, self.kwargs = max_turns, kwargs
         self.settings = settings_of(env_id, kwargs, token_env, retry_s, timeout_s)
+        self.whole = False
+        """Whether the steps of one tick of the event loop travel in one request, not in two halves."""
         self._request = {
             "env": self.address.env,
             "kwargs": kwargs,
@@ -127,9 +130,9 @@ class Fleet:
     def lanes(self) -> Lanes:
         """Returns the connections of the running event loop."""
         loop = get_running_loop()
-        if loop not in self._lanes:
-            self._lanes[loop] = Lanes(self.settings)
-        return self._lanes[loop]
+        if (lanes := self._lanes.get(loop)) is None:
+            lanes = self._lanes[loop] = Lanes(self.settings, self.whole)
+        return lanes
 
     async def settle(self) -> None:
         """Closes what is left over of the running loop's sessions, and its connections; later calls open new ones."""
@@ -243,9 +246,8 @@ class RemoteEnv(gym.Env[Content, str]):
     async def astep(self, action: str) -> Answer:
         """As `step`, on the event loop; calls of one tick travel together."""
         item = self._next(action)
-        return self._played(
-            await adrive(step(self._server, self.fleet.servers, item, self.fleet.settings), self.fleet.lanes())
-        )
+        fleet = self.fleet
+        return self._played(await astep(self._server, fleet.servers, item, fleet.settings, fleet.lanes()))
 
     def leave(self) -> None:
         """Has the session closed soon, together with others, by the running event loop."""
@@ -332,16 +334,19 @@ class RemoteEnv(gym.Env[Content, str]):
     def _next(self, action: str) -> dict[str, Any]:
         if self._over:
             raise Finished(f"{self.fleet.env_id}: step after the episode ended; call reset() first")
-        return {"session": self._session, "step": self._step + 1, "action": str(action)}
+        action = str(action)
+        if len(action) > MAX_ACTION:  # in a batch it would make the whole request a bad one
+            raise TooLarge(f"{self._server.url}: an action of {len(action):,} characters; at most {MAX_ACTION:,}")
+        return {"session": self._session, "step": self._step + 1, "action": action}
 
     def _played(self, answer: Any) -> Answer:
-        played: Stepped = stepped(self._server.url, answer)
-        if played.step != self._step + 1:
-            raise Unreachable(f"{self._server.url}: answered step {self._step + 1} with step {played.step}")
+        number, observation, reward, terminated, truncated, info = stepped(self._server.url, answer)
+        if number != self._step + 1:
+            raise Unreachable(f"{self._server.url}: answered step {self._step + 1} with step {number}")
         self._step += 1
-        self._over = played.terminated or played.truncated
-        self._last = content(self._server.url, played.observation)
-        return self._last, played.reward, played.terminated, played.truncated, played.info
+        self._over = terminated or truncated
+        self._last = content(self._server.url, observation)
+        return self._last, reward, terminated, truncated, info
 
     def _gone(self) -> Any:
         """Forgets the session; returns its server, None where there is none."""

@@ -1,5 +1,10 @@
 """Many episodes in one request: what becomes ready in the same tick of an event loop travels together.
 
+With no steps under way, many of them leave as two halves: while the server works at the second, the first is read and
+its episodes go on, so that from then on both sides work at the same time. Where the episodes wait for one another, as
+they do for a policy that acts on all of them at once, a tick travels whole instead: halves would gain nothing, and who
+acts with whom would depend on timing.
+
 A batch without an answer is asked for again in smaller ones, with twice the patience: a step that hangs holds up nobody
 else for long.
 """
@@ -7,14 +12,14 @@ else for long.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from agentrl.remote import client
 from agentrl.remote.client import CREATE, STEP, Kind, Settings, noted, read_reply
-from agentrl.remote.codec import encode
+from agentrl.remote.codec import encode, encode_step
 from agentrl.remote.errors import InvalidRequest, NoAnswer, RemoteError, TooLarge, Unreachable, error_of
 from agentrl.remote.protocol import MAX_BATCH, ErrorAnswer
 from agentrl.remote.servers import Server
@@ -22,6 +27,8 @@ from agentrl.remote.transport import async_transport
 
 BATCH = 256
 """Items of one batch request: larger ones would keep the client waiting while the server works, and the other way."""
+HALF = 16
+"""Steps that are worth a request of their own, while the other half is under way."""
 MAX_BYTES = 4_000_000
 """Characters of one batch request, unless a single item has more."""
 SPLIT = 16
@@ -38,10 +45,16 @@ class _Item:
 
 
 class Lane:
-    """Requests to one server from one event loop: what becomes ready in the same tick travels in one request."""
+    """Requests to one server from one event loop.
 
-    def __init__(self, server: Server, settings: Settings) -> None:
-        self._server = server
+    Args:
+        server: where they go.
+        settings: of the environment.
+        whole: what becomes ready in the same tick travels in one request, as far as one holds it.
+    """
+
+    def __init__(self, server: Server, settings: Settings, whole: bool) -> None:
+        self._server, self._whole = server, whole
         self._transport = async_transport(server.url, settings.headers)
         self._queues: dict[Kind, list[_Item]] = {CREATE: [], STEP: []}
         self._scheduled = False
@@ -53,7 +66,8 @@ class Lane:
         """Queues a call; the future gets its answer, as JSON holds it, or a `RemoteError` (as its result)."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
-        self._queues[kind].append(_Item(encode(item), answer, patience_s))
+        body = encode_step(item) if kind is STEP else encode(item)
+        self._queues[kind].append(_Item(body, answer, patience_s))
         if not self._scheduled:
             self._scheduled = True
             loop.call_soon(self._flush)
@@ -84,17 +98,19 @@ class Lane:
 
     def _flush(self) -> None:
         self._scheduled = False
-        for kind, queue in self._queues.items():
-            items, self._queues[kind] = queue, []
-            batch: list[_Item] = []
-            size = 0
-            for item in items:
-                if batch and (len(batch) == BATCH or size + len(item.body) > MAX_BYTES):
+        for kind, items in self._queues.items():
+            if items:
+                self._queues[kind] = []
+                for batch in _batches(items, self._most(kind, len(items))):
                     self._spawn(kind, batch)
-                    batch, size = [], 0
-                batch.append(item)
-                size += len(item.body)
-            self._spawn(kind, batch)
+
+    def _most(self, kind: Kind, ready: int) -> int:
+        """Returns how many of the `ready` items travel in one request."""
+        if self._whole:
+            return MAX_BATCH
+        if kind is STEP and ready >= 2 * HALF and not self._tasks[STEP]:
+            return min(BATCH, -(-ready // 2))
+        return BATCH
 
     def _spawn(self, kind: Kind, batch: list[_Item]) -> None:
         batch = [item for item in batch if not item.answer.done()]
@@ -110,8 +126,7 @@ class Lane:
         body = f'{{"{kind.items}":[{",".join(item.body for item in batch)}]}}'
         answers: Sequence[Any]
         try:
-            answers = _results(self._server.url, await self._post(kind.path, body, patience_s), len(batch))
-            _note(self._server, [a for a in answers if isinstance(a, RemoteError) and a.elsewhere])
+            answers = _results(self._server, await self._post(kind.path, body, patience_s), len(batch))
         except RemoteError as error:
             if len(batch) > 1 and isinstance(error, NoAnswer | TooLarge | InvalidRequest):
                 # Whose doing it is shows in smaller batches.
@@ -122,7 +137,7 @@ class Lane:
         for item, answer in zip(batch, answers, strict=True):
             if item.answer.done():
                 self._orphan(kind, answer)
-            elif isinstance(answer, TooLarge) and len(batch) > 1:
+            elif type(answer) is TooLarge and len(batch) > 1:
                 left.append(item)  # all answers together are too large: asked for again, the server repeats it
             else:
                 item.answer.set_result(answer)
@@ -174,16 +189,16 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of one event loop, one for each server."""
+    """The lanes of one event loop, one for each server. Arguments as those of `Lane`."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, whole: bool = False) -> None:
+        self._settings, self._whole = settings, whole
         self._lanes: dict[str, Lane] = {}
 
     def of(self, server: Server) -> Lane:
         """Returns the lane to `server`."""
         if server.url not in self._lanes:
-            self._lanes[server.url] = Lane(server, self._settings)
+            self._lanes[server.url] = Lane(server, self._settings, self._whole)
         return self._lanes[server.url]
 
     async def aclose(self, patience_s: float = 5.0) -> None:
@@ -191,12 +206,29 @@ class Lanes:
         await asyncio.gather(*(lane.aclose(patience_s) for lane in self._lanes.values()))
 
 
-def _results(url: str, answer: Any, count: int) -> list[Any]:
-    """Returns the items of a batch's answer, errors as exceptions."""
+def _batches(items: list[_Item], most: int) -> Iterator[list[_Item]]:
+    """Yields `items` in batches of at most `most`."""
+    batch: list[_Item] = []
+    size = 0
+    for item in items:
+        if batch and (len(batch) == most or size + len(item.body) > MAX_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item.body)
+    yield batch
+
+
+def _results(server: Server, answer: Any, count: int) -> list[Any]:
+    """Returns the items of a batch's answer, errors as exceptions, and tells the server's record of those."""
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list) or len(results) != count:
-        raise Unreachable(f"{url}: answered a batch of {count} outside the protocol")
-    return [_result(url, result) for result in results]
+        raise Unreachable(f"{server.url}: answered a batch of {count} outside the protocol")
+    bad = [number for number, result in enumerate(results) if not isinstance(result, dict) or "error" in result]
+    for number in bad:
+        results[number] = _result(server.url, results[number])
+    _note(server, [error for number in bad if isinstance(error := results[number], RemoteError) and error.elsewhere])
+    return results
 
 
 def _result(url: str, result: Any) -> Any:

@@ -83,11 +83,12 @@ class Budget:
     Args:
         retry_s: seconds from the first failure on in which further attempts may begin.
         timeout_s: seconds from the start in which the answer must come.
+        started: `time.monotonic` of the start; None is now.
     """
 
-    def __init__(self, retry_s: float, timeout_s: float) -> None:
+    def __init__(self, retry_s: float, timeout_s: float, started: float | None = None) -> None:
         self.retry_s, self.timeout_s = retry_s, timeout_s
-        self.started = monotonic()
+        self.started = monotonic() if started is None else started
         self._failed: float | None = None
         self._attempts = 0
 

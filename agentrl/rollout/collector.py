@@ -104,7 +104,7 @@ class Collector:
         self.policy, self.rollout, self.outcome = policy, rollout, outcome
         self.on_episode, self.on_summary = on_episode, on_summary
         self.watchdog_s = watchdog_s
-        self.pool = EnvironmentPool(env, rollout.executor, evaluation=evaluation)
+        self.pool = EnvironmentPool(env, rollout.executor, evaluation=evaluation, whole=policy.batched)
         self._busy = False
 
     def __enter__(self) -> Collector:

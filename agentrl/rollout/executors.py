@@ -245,9 +245,16 @@ class RemoteEnvironment(Environment):
 
 
 class EnvironmentPool:
-    """Environments of one configuration, made on demand and kept between episodes and collections."""
+    """Environments of one configuration, made on demand and kept between episodes and collections.
 
-    def __init__(self, config: EnvConfig, executor: str, *, evaluation: bool = False) -> None:
+    Args:
+        config: which environment.
+        executor: where they run (`RolloutConfig.executor`).
+        evaluation: use the environment's evaluation arguments.
+        whole: the policy acts on all episodes that wait, so that steps taken together should come back together.
+    """
+
+    def __init__(self, config: EnvConfig, executor: str, *, evaluation: bool = False, whole: bool = True) -> None:
         self.instructions = config.instructions
         self.env_id = config.id
         self.kwargs = {**config.kwargs, **config.eval_kwargs} if evaluation else dict(config.kwargs)
@@ -259,6 +266,7 @@ class EnvironmentPool:
         self._numbers = itertools.count()
         self._free: list[Environment] = []
         self._out: set[Environment] = set()
+        self._whole = whole
         self._fleet: Fleet | None = None
         """Of a served environment that is awaited."""
 
@@ -319,6 +327,7 @@ class EnvironmentPool:
 
         if self._fleet is None:
             self._fleet = Fleet(self.env_id, max_turns=self._max_turns, wrappers=self._wrappers, **self.kwargs)
+            self._fleet.whole = self._whole
         self.executor = "async"
 
     async def settle(self) -> None:

@@ -1,7 +1,7 @@
 """JSON in and out.
 
-Requests are parsed with the standard library, because half a surrogate pair, which agents do write, is no JSON to
-others; what is parsed is then checked, steps by hand (half the cost of a batch), all else by pydantic. Answers are
+What pydantic's parser refuses goes to the standard library: half a surrogate pair, which agents do write, is no JSON
+to others. What is parsed is then checked, steps by hand (half the cost of a batch), all else by pydantic. Answers are
 bytes, so that a recorded one costs nothing to send again.
 """
 
@@ -75,6 +75,13 @@ def decode(body: bytes) -> Any:
     Raises:
         Refused: it is no JSON.
     """
+    try:
+        return pydantic_core.from_json(body, cache_strings="keys")
+    except ValueError:
+        return _decode_slowly(body)
+
+
+def _decode_slowly(body: bytes) -> Any:
     try:
         return json.loads(body.decode())
     except UnicodeDecodeError as error:

@@ -109,13 +109,8 @@ class Sessions:
         session = self._sessions.get(session_id)
         if session is None:
             raise Refused(Code.UNKNOWN_SESSION, f"no session {session_id[:64]!r} (closed, idle for too long, or never)")
-        if step == session.step:
-            if session.task is not None:
-                return self._settled(session.task)
-            if session.ended not in ("closed", "reaped", "stopping"):
-                session.used = self._clock()
-                return session.answer
-        self._check(session, step)
+        if step != session.step + 1 or session.task is not None or session.ended:
+            return self._again(session, step)
         session.step = step
         environment = session.environment
         assert environment is not None
@@ -185,8 +180,14 @@ class Sessions:
         while len(self._ended) > 4 * self._settings.max_sessions:
             self._forget(self._ended.popleft()[1])
 
-    def _check(self, session: Session, step: int) -> None:
-        """Refuses a step that is not the next of a session that goes on."""
+    def _again(self, session: Session, step: int) -> Answer | Awaitable[Answer]:
+        """Returns the recorded answer of the step last played, or what to wait for; refuses any other."""
+        if step == session.step:
+            if session.task is not None:
+                return self._settled(session.task)
+            if session.ended not in ("closed", "reaped", "stopping"):
+                session.used = self._clock()
+                return session.answer
         wanted = session.step + 1
         if session.ended == "finished" and step == wanted:
             raise Refused(Code.FINISHED, f"the episode of session {session.id!r} is over; create another")
@@ -194,11 +195,10 @@ class Sessions:
             raise Refused(Code.UNKNOWN_SESSION, f"session {session.id!r} has ended: {session.ended}")
         if session.task is not None:
             raise Refused(Code.BUSY, f"step {session.step} of session {session.id!r} is still under way")
-        if step != wanted:
-            raise Refused(
-                Code.WRONG_STEP, f"session {session.id!r}: step {step} is not the next, {wanted}, nor the one before",
-                field="step",
-            )  # fmt: skip
+        raise Refused(
+            Code.WRONG_STEP, f"session {session.id!r}: step {step} is not the next, {wanted}, nor the one before",
+            field="step",
+        )  # fmt: skip
 
     async def _settled(self, task: asyncio.Task[Answer]) -> Answer:
         """Waits for a call that must not end with the one who waits."""

@@ -70,4 +70,4 @@ vllm-test: $(VLLM)/installed  ## vLLM on this CPU, in an environment of its own 
 		| sed -u "s#$(CURDIR)/*##g" | tee docs/results/vllm_test.txt'
 
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) .venv-trl runs

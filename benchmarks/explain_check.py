@@ -1,54 +1,114 @@
-"""How far off is the memory that `agentrl explain` foretells? A real run of a small model, in a process of its own.
+"""How far off is the memory that `agentrl explain` foretells? Real runs of small models, each in a process of its own.
 
 The child first trains on two episodes, so that all libraries are loaded, then on the batch, watches its resident memory
 and tells by how much the peak lay above the start. Python, torch and the tokenizer are thereby left out, as they are in
-the estimate.
+the estimate. Each run is measured twice: as it is, and with an allocator that gives all freed memory back at once
+(glibc, ``MALLOC_MMAP_THRESHOLD_``), which shows what tensors alone hold; the estimate's own item `allocator` is the
+difference.
 
-    python benchmarks/explain_check.py --json explain_check.json
+    python benchmarks/explain_check.py --grid --json explain_check.json
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
-CHILD = """
-import ctypes, gc, sys
-from pathlib import Path
-from agentrl.config import load_config
-from agentrl.train.trainer import Trainer
+from agentrl.envs import TextEnv
+from agentrl.envs.registry import register
 
-def resident(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+HERE = Path(__file__).resolve()
+EPISODE = 420
+"""Tokens of an episode, about."""
+GRID = [
+    {"hidden": hidden, "layers": layers, "budget": budget, "method": method, "rank": rank}
+    for hidden, layers, budget, method, rank in [
+        (128, 2, 1024, "oprl", 0),
+        (128, 6, 4096, "grpo", 0),
+        (128, 2, 16384, "grpo", 0),
+        (256, 6, 1024, "oprl", 0),
+        (256, 2, 4096, "oprl", 0),
+        (256, 6, 4096, "grpo", 0),
+        (256, 6, 4096, "oprl", 8),
+        (256, 2, 16384, "grpo", 8),
+        (512, 2, 1024, "grpo", 0),
+        (512, 6, 1024, "oprl", 8),
+        (512, 2, 4096, "oprl", 0),
+    ]
+]
 
-config = load_config(sys.argv[1])
-few = load_config(sys.argv[1], ["rollout.groups=1", "rollout.group_size=2", f"run_dir={config.run_dir}-warm"])
-Trainer(few).run()  # every library is loaded and every cache is warm from here on
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-start = resident("VmRSS")
-trainer = Trainer(config)
-peak = start
-import threading
-over = threading.Event()
-def watch():
-    global peak
-    while not over.wait(0.002):
-        peak = max(peak, resident("VmRSS"))
-watcher = threading.Thread(target=watch)
-watcher.start()
-trainer.run()
-over.set()
-watcher.join()
-print("PEAK", peak - start)
-trainer.close()
-"""
+
+class Digits(TextEnv):
+    """Any text is an action, so that a model with random weights has the random agent's lengths. Half of them win."""
+
+    instructions = ""
+    fast = True
+
+    def begin(self, options: dict[str, Any]) -> Any:
+        self.left, self.sum = int(self.np_random.integers(8, 13)), 0
+        return self._show()
+
+    def parse_action(self, text: str) -> str:
+        return text
+
+    def play(self, action: str) -> Any:
+        self.left -= 1
+        self.sum += sum(map(ord, action))
+        text, info = self._show()
+        return text, 0.0, self.left == 0, info | {"success": self.sum % 2 == 0}
+
+    def _show(self) -> tuple[str, dict[str, Any]]:
+        digits = self.np_random.integers(0, 10, int(self.np_random.integers(25, 36)))
+        return "".join(map(str, digits)), {"admissible_actions": [str(n) for n in range(100, 130)]}
+
+
+register("Digits-v0", Digits)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def train_watched(path: str) -> None:
+    """Trains `path` and prints how far the resident memory rose above that of a process with all libraries loaded."""
+    from agentrl.config import load_config
+    from agentrl.train.trainer import Trainer
+
+    config = load_config(path)
+    small = ["rollout.groups=1", "rollout.group_size=2", f"run_dir={config.run_dir}-warm"]
+    warm = Trainer(load_config(path, small))
+    warm.run()
+    warm.close()
+    del warm
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    start = peak = resident()
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    trainer = Trainer(config)
+    trainer.run()
+    over.set()
+    watcher.join()
+    trainer.close()
+    print("PEAK", peak - start)
 
 
 def make_run(folder: Path, options: argparse.Namespace) -> Path:
@@ -57,16 +117,17 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
     from agentrl.evaluate.texts import environment_texts
     from agentrl.models.init import init_model
 
-    env = {"id": "Sokoban-v0", "kwargs": {"size": 6, "observation": "cells"}, "instructions": "", "max_turns": 10}
+    groups = max(2, -(-options.budget * 5 // 4 // (8 * EPISODE)))  # a quarter more than a full micro-batch
     config = RunConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
             "iterations": options.iterations,
-            "env": env,
-            "model": {"path": str(folder / "model")},
-            "rollout": {"groups": 8, "group_size": 8, "max_new_tokens": 4},
+            "env": {"id": "Digits-v0", "instructions": "", "max_turns": 12},
+            "model": {"path": str(folder / "model"), "threads": 1},
+            "lora": {"rank": options.rank},
+            "rollout": {"groups": groups, "group_size": 8, "max_new_tokens": 4},
             "credit": {"method": options.method},
-            "policy_update": {"tokens_per_microbatch": options.budget},
+            "policy_update": {"tokens_per_microbatch": options.budget, "kl_coef": 0.0},
             "eval": {"every": 0},
             "log": {"tensorboard": False, "progress": False},
         }
@@ -77,41 +138,82 @@ def make_run(folder: Path, options: argparse.Namespace) -> Path:
     return folder / "run.yaml"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def measure(path: Path, **environment: str) -> float:
+    """Returns the bytes that a run of the settings `path` took, with further environment variables."""
+    child = subprocess.run(
+        [sys.executable, str(HERE), "--child", str(path)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        raise SystemExit(child.stderr[-2000:])
+    return float(child.stdout.rpartition("PEAK ")[2])
+
+
+def check(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs one setting. Returns what was foretold and what was measured, in bytes."""
+    from agentrl.config import load_config
+    from agentrl.train import estimate, footprint
+
+    with tempfile.TemporaryDirectory() as name:
+        path = make_run(Path(name), options)
+        config = load_config(path)
+        work = estimate.work_of(config, estimate.measure_lengths(config))
+        items = footprint.memory(config, estimate.read_shape(config.model.path), work)
+        measured = measure(path)
+        for played in Path(name).glob("run*/"):
+            shutil.rmtree(played)
+        tensors = measure(path, MALLOC_MMAP_THRESHOLD_="65536")
+    return {
+        "settings": {name: getattr(options, name) for name in ("hidden", "layers", "budget", "method", "rank")},
+        "iterations": options.iterations,
+        "items": {item.name: item.value for item in items},
+        "foretold": footprint.peak(items),
+        "foretold_tensors": footprint.peak([item for item in items if item.name != "allocator"]),
+        "measured": measured,
+        "measured_tensors": tensors,
+    }
+
+
+def row_of(result: dict[str, Any]) -> str:
+    """A line of the table: settings, then foretold and measured MB with their ratio, as it is and tensors alone."""
+    cells = [str(value) for value in result["settings"].values()]
+    for kind in ("", "_tensors"):
+        foretold, measured = result[f"foretold{kind}"], result[f"measured{kind}"]
+        cells += [f"{foretold / 1e6:,.0f}", f"{measured / 1e6:,.0f}", f"{foretold / measured:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs the check; prints foretold and measured memory, and keeps them where ``--json`` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch")
-    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=1)
     parser.add_argument("--method", default="oprl", help="credit method")
+    parser.add_argument("--rank", type=int, default=0, help="of LoRA adapters; 0: full training")
+    parser.add_argument("--grid", action="store_true", help="a spread of shapes instead of one")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as name:
-        path = make_run(Path(name), options)
-        from agentrl.config import load_config
-        from agentrl.train import estimate
-
-        config = load_config(path)
-        work = estimate.work_of(config, estimate.measure_lengths(config))
-        items = estimate.memory(config, estimate.read_shape(config.model.path), work)
-        foretold = estimate.peak(items)
-        child = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=False)
-    if child.returncode:
-        raise SystemExit(child.stderr[-2000:])
-    measured = float(child.stdout.rpartition("PEAK ")[2])
-    for item in items:
-        print(f"{item.name:12} {item.value / 1e6:9.1f} MB  {item.how}")
-    print(f"foretold {foretold / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB: ratio {foretold / measured:.2f}")
-    result = {
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
-        "items": {item.name: item.value for item in items},
-        "foretold": foretold,
-        "measured": measured,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    if options.child:
+        train_watched(options.child)
+        return []
+    results = []
+    print("| hidden | layers | budget | method | rank | foretold MB | measured | ratio | tensors | measured | ratio |")
+    print("|---" * 11 + "|", flush=True)
+    for settings in GRID if options.grid else [{}]:
+        results.append(check(argparse.Namespace(**{**vars(options), **settings})))
+        print(row_of(results[-1]), flush=True)
+        if options.json:  # after each: the grid takes a while
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if not options.grid:
+        for name, value in results[0]["items"].items():
+            print(f"{name:12} {value / 1e6:9.1f} MB")
+    return results
 
 
 if __name__ == "__main__":

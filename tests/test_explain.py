@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from agentrl.cli import app
 from agentrl.config import load_config
+from agentrl.config.schema import LoRAConfig
+from agentrl.models.attention import PackedSequences, run_ragged
 from agentrl.models.load import load_model
-from agentrl.train import estimate
+from agentrl.models.lora import add_adapter
+from agentrl.train import estimate, footprint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +52,7 @@ def test_memory_grows_with_what_holds_it(model_dir: Path) -> None:
     def items(*overrides: str) -> dict[str, float]:
         config = config_of(model_dir, *overrides)
         work = estimate.work_of(config, estimate.Lengths(10, 20, 0, 2, measured=True))
-        return {item.name: item.value for item in estimate.memory(config, estimate.read_shape(str(model_dir)), work)}
+        return {item.name: item.value for item in footprint.memory(config, estimate.read_shape(str(model_dir)), work)}
 
     P = estimate.read_shape(str(model_dir)).parameters
     oprl, grpo = items(), items("credit={method: grpo}", "policy_update.kl_coef=0")
@@ -57,6 +62,79 @@ def test_memory_grows_with_what_holds_it(model_dir: Path) -> None:
     assert half["activations"] == oprl["activations"] / 2
     assert items("rollout.concurrency=96")["kv cache"] == oprl["kv cache"] / 2
     assert items("lora.rank=2")["optimiser"] < oprl["optimiser"] / 2
+
+
+def kept_bytes(layers: int, lengths: tuple[int, ...], head_norms: bool, rank: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters left out."""
+    settings: Any = (Qwen3Config if head_norms else LlamaConfig)(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        attn_implementation="agentrl",
+    )
+    model: Any = (Qwen3ForCausalLM if head_norms else LlamaForCausalLM)(settings)
+    if rank:
+        model = add_adapter(model, LoRAConfig(rank=rank), "base")
+    if dtype != torch.float32:
+        model.compute_dtype = dtype
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # alive, so that no address comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in own:
+            kept[address] = tensor
+        return tensor
+
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = run_ragged(model, torch.zeros_like(positions), positions, PackedSequences(lengths))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("head_norms", [False, True], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_keeps_what_the_estimate_counts(head_norms: bool, rank: int, dtype: torch.dtype) -> None:
+    if rank:
+        pytest.importorskip("peft")
+    few, many = (10,) * 8 + (12,), (10,) * 16 + (12,) * 2
+
+    def per_token(layers: int) -> float:  # a difference: what does not grow with the tokens falls out
+        sizes = [kept_bytes(layers, lengths, head_norms, rank, dtype) for lengths in (few, many)]
+        return (sizes[1] - sizes[0]) / (sum(many) - sum(few))
+
+    shape = estimate.Shape(0, 1, 64, 128, 64, 96, 64, head_norms)
+    expected = footprint.layer_bytes(shape, rank, 4 if dtype == torch.float32 else 2)
+    assert per_token(3) - per_token(2) == pytest.approx(expected, rel=0.03)
+
+
+def test_the_largest_of_what_takes_turns_counts(model_dir: Path) -> None:
+    def items(*overrides: str) -> dict[str, float]:
+        config = config_of(model_dir, *overrides)
+        work = estimate.work_of(config, estimate.Lengths(10, 20, 0, 2, measured=True))
+        found = footprint.memory(config, estimate.read_shape(str(model_dir)), work)
+        return {item.name: item.value for item in found} | {"peak": footprint.peak(found)}
+
+    cpu, gpu = items(), items("model.device=cuda")
+    assert "allocator" in cpu
+    assert "allocator" not in gpu, "nothing is known of it"
+    assert gpu["step"] == gpu["gradients"]
+    held = cpu["weights"] + cpu["optimiser"]
+    learning = ("gradients", "activations", "backward", "logits", "allocator")
+    assert cpu["peak"] == pytest.approx(held + sum(cpu[name] for name in learning))
+    tiny = items("policy_update.tokens_per_microbatch=16")
+    assert tiny["peak"] == pytest.approx(held + tiny["kv cache"])
+
+
+def test_the_cache_has_room_for_the_longest_episode(model_dir: Path) -> None:
+    config = config_of(model_dir, "rollout.history=full")
+    work = estimate.work_of(config, estimate.Lengths(10, 20, 5, 2, measured=True, longest=14))
+    assert (work.row, work.context) == (225, 5 + 14 * 22)
 
 
 def test_work_counts_tokens_by_history(model_dir: Path) -> None:
@@ -118,3 +196,24 @@ def test_the_command_explains_a_run(model_dir: Path, tmp_path: Path) -> None:
     assert "No estimate of memory and cost" in everything.output
     refused = run(path, "rollout.top_p=0.9")
     assert (refused.exit_code, "every importance ratio" in " ".join(refused.output.split())) == (2, True)
+
+
+def test_settings_are_shown_as_they_are_written(model_dir: Path) -> None:
+    result = run(
+        ROOT / "configs" / "sokoban_oprl.yaml", f"model.path={model_dir}", "env.instructions='Question: [b] a :cat:'"
+    )
+    assert result.exit_code == 0, result.output
+    assert "Question: [b] a :cat:" in result.output
+
+
+def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no folder "models" here: the name could be one of the hub
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(ROOT / "configs" / "sokoban_oprl.yaml", "model.path=models/nothere", "--episodes", 2)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("No estimate")]
+    assert "no directory 'models/nothere', and as a hub name its configuration could not be loaded" in line
+    assert "hf download models/nothere" in line
+    (tmp_path / "models").mkdir()
+    result = run(ROOT / "configs" / "sokoban_oprl.yaml", "model.path=models/nothere", "--episodes", 2)
+    assert "no model directory 'models/nothere' (agentrl init-model makes one" in result.output

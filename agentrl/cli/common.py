@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from agentrl.train.base import Lesson
     from agentrl.types import Trajectory
 
-console = Console()
-errors = Console(stderr=True)
+# No markup, no emoji: names, paths, settings and error messages are shown as they are written. Style comes with `Text`.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -195,10 +196,10 @@ def shown(value: Any) -> str:
 def success_bar(*, shown: bool = True) -> Progress:
     """Returns a bar over episodes on standard error; its tasks have a field ``success``, the text behind the count."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[success]}"),
+        TextColumn("{task.fields[success]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
@@ -245,10 +246,10 @@ class EpisodeProgress:
 def step_progress(description: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Yields a function that takes ``{"step", "steps", "loss", "tokens_per_second"}`` and moves a bar."""
     bar = Progress(
-        TextColumn(description),
+        TextColumn(description, markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
@@ -271,9 +272,9 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function of what is being done, how many bytes of it are, and of how many; 0 of 0: nobody knows."""
     bar = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         console=errors,
         expand=True,

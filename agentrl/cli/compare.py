@@ -69,7 +69,7 @@ def _cells(one: Difference, percent: bool) -> tuple[str, str, str]:
 
     unit, spread = "%" if percent else "", ""
     if one.difference.low is not None and one.difference.high is not None:
-        spread = f" \\[{number(one.difference.low, '+')}, {number(one.difference.high, '+')}]"
+        spread = f" [{number(one.difference.low, '+')}, {number(one.difference.high, '+')}]"
     return number(one.a) + unit, number(one.b) + unit, number(one.difference.value, "+") + spread
 
 

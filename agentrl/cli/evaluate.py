@@ -190,7 +190,7 @@ class _Watch:
 
 def short(rate: Proportion) -> str:
     """Returns ``45.0% [40.1, 50.2]``."""
-    return f"{rate.value:.1%} \\[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    return f"{rate.value:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 def check_reached(results: Sequence[EvalResult], least: float) -> None:

@@ -38,7 +38,7 @@ def explain(
 
     settings = load_config(config, overrides or ())
     with errors.status("loading"):
-        from agentrl.train import estimate
+        from agentrl.train import estimate, footprint
         from agentrl.train.plan import batch_plan
 
         plan = [line.partition(" ") for line in batch_plan(settings).splitlines()]
@@ -62,7 +62,7 @@ def explain(
         "warnings": warnings,
     }
     title = "All settings" if everything else "Settings that differ from the defaults"
-    console.print(table(title, [(key, Text(str(value))) for key, value in chosen.items()]))
+    console.print(table(title, [(key, str(value)) for key, value in chosen.items()]))
     console.print(table("Plan of an iteration", list(found["plan"].items())))
     source = (
         "lengths of the random agent's episodes" if lengths.measured else "limits of the configuration: upper bounds"
@@ -82,12 +82,10 @@ def explain(
     if shape is None:
         console.print(Text(f"No estimate of memory and cost: {missing}"), soft_wrap=True)
     else:
-        items, costs = estimate.memory(settings, shape, work), estimate.cost(settings, shape, work)
-        found["memory_bytes"] = {item.name: item.value for item in items} | {"peak": estimate.peak(items)}
+        items, costs = footprint.memory(settings, shape, work), estimate.cost(settings, shape, work)
+        found["memory_bytes"] = {item.name: item.value for item in items} | {"peak": footprint.peak(items)}
         found["flops"] = {item.name: item.value for item in costs}
-        _print_estimate("Memory beside Python and torch", items, _size, ("at once", estimate.peak(items)))
-        if shape.parameters < 10_000_000:
-            console.print("Networks this small take two to three times that: the allocator holds memory back.")
+        _print_estimate("Memory beside Python and torch", items, _size, ("at once", footprint.peak(items)))
         _print_estimate("Floating-point operations", costs, _flops, ("all", sum(item.value for item in costs)))
     for warning in warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)

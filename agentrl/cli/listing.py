@@ -45,7 +45,7 @@ def policies(
     for name in sorted(points):
         listing.add_row(name, Text(_summary(points[name])), points[name].value.partition(":")[0])
     console.print(listing)
-    console.print("Options of one: [b]agentrl policies NAME[/b]")
+    console.print(Text.assemble("Options of one: ", ("agentrl policies NAME", "bold")))
 
 
 def credit(
@@ -77,7 +77,7 @@ def credit(
     console.print(listing)
     for name, reason in broken.items():
         errors.print(Text(f"plugin {name!r} could not be loaded: {reason}", style="yellow"), soft_wrap=True)
-    console.print("Formula and options of one: [b]agentrl credit NAME[/b]")
+    console.print(Text.assemble("Formula and options of one: ", ("agentrl credit NAME", "bold")))
 
 
 def _headline(method: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from agentrl.cli.common import check_output, console, errors, table
 
@@ -69,7 +70,8 @@ def report(
     console.print(table("Report", rows))
     for run in made.summary["runs"]:
         if run["alarm"] and run["alarm"]["ringing"]:
-            errors.print(f"[bold yellow]{run['label']}: step reward rises, success does not.[/] See Reward model.")
+            alarm = (f"{run['label']}: step reward rises, success does not.", "bold yellow")
+            errors.print(Text.assemble(alarm, " See Reward model."))
 
 
 def view(
@@ -90,7 +92,8 @@ def view(
     with errors.status("reading"):
         live.current()
     address = f"http://{HOST}:{server.server_address[1]}/"
-    console.print(f"[b]{address}[/b]  follows {', '.join(runs)}; Ctrl-C ends it.", soft_wrap=True)
+    line = Text.assemble((address, "bold"), f"  follows {', '.join(runs)}; Ctrl-C ends it.")
+    console.print(line, soft_wrap=True)
     if open_browser:
         webbrowser.open(address)
     try:

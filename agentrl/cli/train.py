@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from agentrl.cli.common import console, errors, table
 from agentrl.errors import UserError
@@ -70,7 +71,7 @@ def train(
     stopped = result["iteration"] < settings.iterations
     console.print(table("Stopped" if stopped else "Trained", _rows(result, settings)))
     if stopped:
-        console.print("Go on with the same command and [b]--resume[/b].")
+        console.print(Text.assemble("Go on with the same command and ", ("--resume", "bold"), "."))
 
 
 def check_folder(settings: RunConfig) -> None:

@@ -72,6 +72,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_network_config(path: str | Path) -> Any:
+    """Loads the configuration of a model directory or hub name: its sizes, no weights.
+
+    Raises:
+        ModelError: there is none, it is broken, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    directory = _directory(path)
+    with _loading("configuration", path, directory):
+        return AutoConfig.from_pretrained(directory or str(path))
+
+
 def load_model(
     path: str | Path,
     *,
@@ -291,9 +304,9 @@ def _directory(path: str | Path) -> Path | None:
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.access(parent, os.R_OK) else []
     wanted = directory.relative_to(parent).parts[0]
     close = [str(parent / name) for name in difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)]
-    hint = "did you mean " + " or ".join(map(repr, close)) + "? " if close else ""
+    hint = "; did you mean " + " or ".join(map(repr, close)) + "?" if close else ""
     raise ModelError(
-        f"no model directory {str(path)!r}; {hint}(agentrl init-model makes one, agentrl fetch-model gets one; hub "
+        f"no model directory {str(path)!r}{hint} (agentrl init-model makes one, agentrl fetch-model gets one; hub "
         "names are org/name)"
     )
 

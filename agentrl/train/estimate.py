@@ -1,13 +1,12 @@
-"""What a run will take, before it runs: memory, tokens and floating-point operations, and what looks wrong.
+"""What a run will take, before it runs: tokens and floating-point operations, and what looks wrong.
 
 The network's shape comes from its `config.json`; no weight is read. Episode lengths come from episodes of the random
 agent where the environment lists its actions, and from the limits of the configuration otherwise: then all figures are
-upper bounds. `benchmarks/explain_check.py` compares the memory with a real run's.
+upper bounds. `agentrl.train.footprint` makes its memory of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,9 +15,6 @@ from typing import Any
 from agentrl.config import RunConfig
 from agentrl.config.schema import EnvConfig, parse_history
 from agentrl.credit import load_credit
-
-ADAM_BYTES = 8
-"""Two float32 moments for each trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,8 @@ class Shape:
     """Key-value heads x head size."""
     mlp: int
     vocab: int
+    head_norms: bool = False
+    """Queries and keys are normed (Qwen3)."""
 
     @property
     def body(self) -> int:
@@ -55,6 +53,8 @@ class Lengths:
     """Sampled tokens of a turn."""
     measured: bool
     """From played episodes; False: the limits of the configuration."""
+    longest: float = 0.0
+    """Turns of the longest episode; 0: not more than the typical one's."""
     tokenizer: bool = True
     """False: tokens were not counted but taken as 3 characters each, for want of the model."""
 
@@ -75,14 +75,14 @@ def read_shape(path: str) -> Shape:
         ModelError: no such model, or a network whose sizes it does not tell.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from agentrl.errors import ModelError
-    from agentrl.models.load import check_model_dir
+    from agentrl.models.load import check_model_dir, load_network_config
 
     check_model_dir(path)
+    config = load_network_config(path)
     try:
-        config: Any = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         heads = config.num_attention_heads
@@ -95,6 +95,7 @@ def read_shape(path: str) -> Shape:
             kv_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
             mlp=config.intermediate_size,
             vocab=config.vocab_size,
+            head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         )
     except (AttributeError, ValueError, OSError) as error:
         raise ModelError(f"model {path!r}: its sizes cannot be read ({error}); no estimate") from error
@@ -142,6 +143,7 @@ def measure_lengths(config: RunConfig, episodes: int = 16) -> Lengths:
         start=float(count(scored[0].instructions if env.instructions is None else env.instructions)),
         action=min(fmean(count(turn.action) for turn in turns) + 1, config.rollout.max_new_tokens),
         measured=True,
+        longest=float(max(len(one.turns) for one in scored)),
         tokenizer=tokenizer is not None,
     )
 
@@ -180,10 +182,13 @@ def work_of(config: RunConfig, lengths: Lengths) -> Work:
     whole = lengths.start + lengths.turns * turn
     if window is None:
         row, rows = whole, 1.0
+        longest = lengths.start + max(lengths.longest, lengths.turns) * turn
     else:
         row, rows = lengths.start + min(window + 1, lengths.turns) * turn, max(1.0, lengths.turns - window)
-    row = min(row, float(config.rollout.max_context_tokens))
-    return Work(episodes, episodes * sampled, episodes * rows * row, row, row)
+        longest = row
+    limit = float(config.rollout.max_context_tokens)
+    row = min(row, limit)
+    return Work(episodes, episodes * sampled, episodes * rows * row, row, min(longest, limit))
 
 
 def models_of(config: RunConfig) -> dict[str, bool]:
@@ -201,75 +206,6 @@ def models_of(config: RunConfig) -> dict[str, bool]:
     if "values" in needs:
         found["critic"] = True
     return found
-
-
-def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
-    """Returns the peak memory of a run by what holds it, in bytes.
-
-    With P parameters, p trained ones (P, or those of a LoRA adapter) and T = min(token budget, tokens of a batch):
-
-        weights       4 P for each model (with LoRA one base for all, and 4 p for each adapter); the policy's engine is
-                      the trainer's own model, so that it takes nothing more
-        moments       8 p for each trained model (AdamW)
-        gradients     8 p: one model is updated at a time, and AdamW's step holds about as much again for a moment
-        activations   T x layers x (8 H + 4 Q + 6 KV + 5 I) x b: what the backward pass keeps of norms, projections,
-                      attention and MLP; b = 4 bytes (float32) or 2 (bfloat16 autocast, plus 2 P of cast weights)
-        logits        3 x 4 bytes x min(action tokens of the budget x V, chunk): never more than a chunk
-        kv cache      2 x layers x KV x b x context x episodes alive, while sampling; not at the same time as
-                      activations, so that the larger of the two counts
-
-    Q, KV, I are the widths of all query heads, all key-value heads and the MLP. Python, torch and the tokenizer come on
-    top: about 0.5 GB of a process on a CPU. So does what the allocator holds back: the memory of real runs of 0.8 to 3
-    million parameters grew by 1.9 to 2.6 times the estimate (`benchmarks/explain_check.py`), some 200 MB of it whatever
-    the token budget. For such small networks it is a lower bound.
-    """
-    from agentrl.batch.scoring import LOGIT_BUDGET
-
-    others = models_of(config)
-    trained = 1 + sum(others.values())
-    P, rank = shape.parameters, config.lora.rank
-    p = _adapter(shape, rank) if rank else P
-    half = config.model.dtype == "bfloat16"
-    b = 2 if half else 4
-    budget = min(config.policy_update.tokens_per_microbatch, work.read)
-    per_token = 8 * shape.hidden + 4 * shape.heads_width + 6 * shape.kv_width + 5 * shape.mlp
-    alive = min(config.rollout.concurrency, work.episodes)
-    share = work.sampled / max(work.read, 1.0)
-    if rank:
-        weights = 4 * P + 4 * p * trained
-        how = f"one base of {P:,} parameters and {trained} adapters of {p:,}"
-    else:
-        weights = 4 * P * (1 + len(others))
-        how = ", ".join(["policy", *others]) + f": {P:,} float32 parameters each"
-    activations = budget * shape.layers * per_token * b + (2 * P if half else 0)
-    logits = 12 * min(budget * share * shape.vocab, LOGIT_BUDGET)
-    cache = 2 * shape.layers * shape.kv_width * b * work.context * alive
-    return [
-        Item("weights", weights, how),
-        Item("optimiser", ADAM_BYTES * p * trained, f"AdamW's moments of {trained} trained models"),
-        Item("gradients", 8 * p, "of the model that is being updated, and the step itself"),
-        Item("activations", activations, f"a micro-batch of {budget:,.0f} tokens"),
-        Item("logits", logits, "one chunk, at action positions only"),
-        Item("kv cache", cache, f"{alive} episodes of up to {work.context:,.0f} tokens, while sampling"),
-    ]
-
-
-def peak(items: Sequence[Item]) -> float:
-    """Returns the bytes that are held at once: sampling and learning take turns."""
-    parts = {item.name: item.value for item in items}
-    learning = parts["gradients"] + parts["activations"] + parts["logits"]
-    return parts["weights"] + parts["optimiser"] + max(learning, parts["kv cache"])
-
-
-def _adapter(shape: Shape, rank: int) -> int:
-    widths = [
-        (shape.hidden, shape.heads_width),
-        *[(shape.hidden, shape.kv_width)] * 2,
-        (shape.heads_width, shape.hidden),
-        *[(shape.hidden, shape.mlp)] * 2,
-        (shape.mlp, shape.hidden),
-    ]
-    return shape.layers * rank * sum(into + out for into, out in widths)
 
 
 def cost(config: RunConfig, shape: Shape, work: Work) -> list[Item]:

@@ -115,6 +115,9 @@ class ModelPolicy(Policy):
     def fingerprint(self) -> str:
         """A short hash of the weights in the engine, to compare with the trainer's after each sync."""
 
+    def rest(self) -> None:
+        """Gives back memory that only sampling needs: the trainer calls it between its episodes and its updates."""
+
     def canary(self, ids: Sequence[int]) -> list[float] | None:
         """Log-probs (len(ids) - 1,) in nats that the engine itself computes for ``ids[1:]`` at temperature 1.
 

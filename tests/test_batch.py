@@ -16,7 +16,7 @@ from helpers import (
     turn,
 )
 
-from agentrl.batch import Centre, build_batch, hidden_states, score, score_microbatch, scoring
+from agentrl.batch import Centre, build_batch, hidden_states, rows, score, score_microbatch, scoring
 from agentrl.batch.index import segment_mean, segment_std, segment_sum
 from agentrl.errors import DataError
 
@@ -208,6 +208,46 @@ def test_the_token_budget_changes_nothing(model, budget):
         score(model, batch, budget=budget).logprob, score(model, batch, budget=ALL).logprob, atol=1e-6, rtol=0
     )
     assert difference(gradient(model, batch, budget), gradient(model, batch)) < 1e-6
+
+
+def alike(prompts, members, longest=12):
+    """Groups whose members begin with their group's prompt and play two turns of their own."""
+    random = torch.Generator().manual_seed(3)
+
+    def ids():
+        return torch.randint(5, 300, (int(torch.randint(1, longest, (), generator=random)),), generator=random).tolist()
+
+    return [
+        trajectory(f"{g}/{m}", str(g), m % 2, [turn(prompt, ids(), new_row=True), turn(ids(), ids())])
+        for g, prompt in enumerate(prompts)
+        for m in range(members)
+    ]
+
+
+@pytest.mark.parametrize("budget", [60, 150, ALL])
+def test_a_long_context_that_rows_begin_with_is_read_once_and_changes_nothing(model, monkeypatch, budget):
+    model.double()
+    made = [*alike([[7] * 30, [8] * 20, [9] * 5], 4), *alike([[6] * 40], 1)]
+    whole = build_batch(made)
+    assert sum(len(micro.ids) for micro in whole.microbatches(ALL)) == whole.tokens
+    monkeypatch.setattr(rows, "WORTH_SHARING", 20)
+    shared = build_batch(made)
+    if budget == ALL:
+        (micro,) = shared.microbatches(ALL)
+        assert len(micro.ids) == whole.tokens - 3 * 30 - 3 * 20
+    weight = torch.linspace(-1, 1, whole.index.K)
+    for members in (None, [0, 2, 5, 12]):
+        ours, plain = (score(model, b, budget=budget, trajectories=members).logprob for b in (shared, whole))
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+        ours, plain = (gradient(model, b, budget, weight, members) for b in (shared, whole))
+        assert difference(ours, plain) < 1e-6
+
+
+def test_rows_that_go_on_long_after_what_they_share_stand_whole(model, monkeypatch):
+    monkeypatch.setattr(rows, "WORTH_SHARING", 20)
+    monkeypatch.setattr(rows, "LONGEST_REST", 1)
+    batch = build_batch(alike([[7] * 30], 4))
+    assert sum(len(micro.ids) for micro in batch.microbatches(ALL)) == batch.tokens
 
 
 def test_the_order_of_trajectories_changes_nothing(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,63 @@ def test_the_server_benchmarks_ratios_say_how_many_times_better_ours_is(load):
     figures["openenv"] = {"steps_per_second": 10.0, "kb_per_session": 8.0}
     assert load("env_server")._ratio(figures) == {"steps_per_second": 3.0, "kb_per_session": 4.0}
     assert load("env_server")._ratio({"ours": {"p50_ms": 1.0}, "openenv": {"p50_ms": 3.0}}) == {"p50_ms": 3.0}
+
+
+@pytest.fixture
+def step_of():
+    """A step as a side of the TRL benchmark tells it."""
+
+    def step(seconds, tokens):
+        facts = {"turns": 3.5, "success": 0.5, "parts": {"generation": seconds / 2}}
+        return {"seconds": seconds, "cpu_seconds": seconds, "tokens": tokens, **facts}
+
+    return step
+
+
+def test_the_trl_benchmarks_speedup_is_of_tokens_per_second_so_that_shorter_episodes_gain_nothing(load, step_of):
+    rounds = [{"trl": [step_of(4.0, 2000)], "grpo": [step_of(1.0, 1000)], "oprl": [step_of(2.0, 2000)]}]
+    result = load("vs_trl").compare([*rounds, *rounds])
+    assert (result["speedup_grpo"], result["speedup_oprl"]) == (2.0, 2.0)
+    assert (result["seconds_ratio_grpo"], result["tokens_ratio_grpo"]) == (4.0, 0.5)
+    assert result["sides"]["trl"]["parts"] == {"generation": 2.0}
+
+
+def test_the_trl_benchmark_times_no_sides_that_read_other_tokens(load):
+    facts = {"trl": {"probe": [1, 2], "parameters": 9}, "grpo": {"probe": [1, 3], "parameters": 9}}
+    with pytest.raises(SystemExit, match=r"trl and grpo differ in probe"):
+        load("vs_trl").check_same(facts)
+
+
+def test_the_guessing_game_ends_with_a_farewell_and_is_won_by_the_right_number_alone(load):
+    env = load("guessing_env").Guessing()
+    game = load("guessing")
+    for right in (True, False):
+        env.reset(seed=3)
+        number = env.game.secret if right else env.game.secret % game.HIGHEST + 1
+        observation, _, terminated, *_ = env.step(game.call(number))
+        assert observation.startswith("<tool_response>")
+        assert not terminated
+        *_, terminated, _, info = env.step(game.FAREWELL)
+        assert terminated
+        assert info["success"] is right
+
+
+@pytest.mark.slow
+def test_our_side_of_the_trl_benchmark_trains_by_turns(load, tmp_path):
+    """Without TRL: its template is stood in for by one that shows no tools."""
+    from agentrl.models.init import CHAT_TEMPLATE
+
+    load("guessing_env").make_model(tmp_path / "model", CHAT_TEMPLATE, episodes=40, seed=0, threads=1)
+    settings = {"seed": 0, "threads": 1, "groups": 2, "group_size": 4, "lr": 1e-6, "model": str(tmp_path / "model")}
+    settings |= {"steps": 4, "temperature": 1.0, "max_new_tokens": 8, "max_tokens": 512}
+    module = load("vs_trl")
+    with module.sides({"grpo": sys.executable, "oprl": sys.executable}, settings, tmp_path) as found:
+        assert found["grpo"].facts["probe"] == found["oprl"].facts["probe"]
+        for side in found.values():
+            first, second = side.take_turn(2)
+            assert first["tokens"] > 0
+            assert second["seconds"] > sum(second["parts"].values()) * 0.5
+            assert 1 <= second["turns"] <= 6
 
 
 @pytest.mark.slow

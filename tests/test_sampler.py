@@ -17,7 +17,7 @@ from agentrl.models.attention import NAME
 from agentrl.models.load import fingerprint, load_model
 from agentrl.policy import PolicyRequest, Sampling
 from agentrl.rollout.context import ContextBuilder
-from policies.transformers import TransformersPolicy
+from policies.transformers import TransformersPolicy, sampler
 from policies.transformers.sampler import Sampler, truncate, uniforms
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -104,6 +104,29 @@ def test_the_prefill_budget_changes_nothing(model_dir, budget):
     whole = act(TransformersPolicy(str(model_dir)), requests_of(contexts))
     parts = act(TransformersPolicy(str(model_dir), prefill_budget=budget), requests_of(contexts))
     assert [a.ids for a in parts] == [a.ids for a in whole]
+
+
+def test_a_long_context_of_several_episodes_is_read_once_and_they_go_on_apart(model_dir, monkeypatch):
+    prompt, other = random_contexts(5, 2, longest=1)
+    prompt, other = prompt * 40, other * 50
+    contexts = [prompt, other, prompt, [3, 4], prompt, [3, 4]]
+    sampling = Sampling(temperature=1.0, max_new_tokens=6)
+
+    def played(policy):
+        first = act(policy, requests_of(contexts, sampling))
+        grown = [[*c, *a.ids, 9] for c, a in zip(contexts, first, strict=True)]
+        return first, act(policy, requests_of(grown, sampling, seed=2000, turn=1))
+
+    apart, together = (TransformersPolicy(str(model_dir)) for _ in range(2))
+    expected = played(apart)
+    monkeypatch.setattr(sampler, "WORTH_SHARING", 30)
+    found = played(together)
+    for ours, plain in zip(found, expected, strict=True):
+        assert [a.ids for a in ours] == [a.ids for a in plain]
+        for a, b in zip(ours, plain, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert len({tuple(a.ids) for a, c in zip(found[0], contexts, strict=True) if c == prompt}) > 1
+    assert apart.sampler.prefilled_tokens - together.sampler.prefilled_tokens == 2 * len(prompt)
 
 
 # --- recorded log-probs ---
@@ -366,6 +389,14 @@ def test_released_slots_are_used_again_and_leave_nothing_behind(policy, model_di
     assert policy.sampler.cache.slots == slots
     policy.release("never seen")
     act(policy, [request("last", [5])])
+
+
+def test_an_engine_at_rest_holds_no_cache_and_answers_as_before(policy):
+    contexts = random_contexts(12, 4)
+    first = act(policy, requests_of(contexts, GREEDY))
+    policy.rest()
+    assert all(store is None for store in (*policy.sampler.cache._keys, *policy.sampler.cache._values))
+    assert [a.ids for a in act(policy, requests_of(contexts, GREEDY))] == [a.ids for a in first]
 
 
 def test_a_slot_given_back_is_taken_by_one_episode_only_and_its_old_one_starts_anew(policy, model_dir):

@@ -4,13 +4,16 @@ A row is a maximal stretch of turns whose context only grew (`Turn.new_row` star
 row per trajectory (*packed*), with a window one row per turn once the window slides (*per-turn*). Everything but the
 sampled ids is context: it is read, never scored.
 
-Rows are never padded. A micro-batch is some rows, shortest first, laid end to end; equal rows are computed once.
+Rows are never padded. A micro-batch is some rows, shortest first, laid end to end; equal rows are computed once, and so
+is, on a CPU, a long context that several short rows begin with (the members of a group have the same prompt).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 
 from agentrl.batch.index import Index
 from agentrl.errors import DataError
-from agentrl.models.attention import PackedSequences
+from agentrl.models.attention import LONGEST_REST, WORTH_SHARING, PackedSequences, SharedBeginnings
 from agentrl.types import ImageSpan, Trajectory, Turn
 
 Tensor = torch.Tensor
@@ -32,7 +35,7 @@ class MicroBatch:
     """(T,) int64 token ids."""
     positions: Tensor
     """(T,) int64 position inside the row."""
-    plan: PackedSequences
+    plan: PackedSequences | SharedBeginnings
     predict_at: Tensor
     """(k,) int64: flat position whose logits predict the action token."""
     target: Tensor
@@ -66,7 +69,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens a model reads to score the batch."""
+        """Number of tokens in the rows; a model reads fewer where rows share their beginnings."""
         return sum(map(len, self.rows))
 
     def microbatches(self, budget: int, trajectories: Sequence[int] | None = None) -> list[MicroBatch]:
@@ -80,7 +83,7 @@ class Batch:
         if len(members) < self.index.N:
             chosen = sorted({row for traj in members for row in self._traj_rows[traj]})
             keep = [traj in members for traj in self.index.traj_of_token.tolist()]
-        order = sorted(chosen, key=lambda row: len(self.rows[row]))
+        order = sorted(chosen, key=lambda row: (self._families[row], len(self.rows[row])))
         parts: list[list[int]] = []
         size = 0
         for row in order:
@@ -92,33 +95,61 @@ class Batch:
             size += length
         return [self._microbatch(part, keep) for part in parts]
 
+    @cached_property
+    def _families(self) -> list[tuple[int, int]]:
+        """Per row: number of its family, tokens that all of it begin with; (0, 0) for rows on their own."""
+        families = [(0, 0)] * len(self.rows)
+        if self.device != "cpu" or any(self.images_of_row):  # a picture is read at each of its places
+            return families
+        begins: dict[tuple[int, ...], list[int]] = {}
+        for row, places in enumerate(self.tokens_of_row):
+            context = places[0][0]
+            if context >= WORTH_SHARING and len(self.rows[row]) - context <= LONGEST_REST:
+                begins.setdefault(tuple(self.rows[row][:context]), []).append(row)
+        shared = [(len(context), members) for context, members in begins.items() if len(members) > 1]
+        for number, (length, members) in enumerate(shared, 1):
+            for row in members:
+                families[row] = (number, length)
+        return families
+
     def _microbatch(self, rows: list[int], keep: list[bool] | None) -> MicroBatch:
         """Lays `rows` end to end; `keep` says which of the K action tokens are scored."""
-        lengths = tuple(len(self.rows[row]) for row in rows)
+        ids: list[int] = []
+        positions: list[int] = []
         predict_at: list[int] = []
         target: list[int] = []
         tokens: list[int] = []
         slot: list[int] = []
-        offset = 0
-        for row in rows:
-            ids = self.rows[row]
-            for column, owners in self.tokens_of_row[row]:
-                if keep is not None:
-                    owners = [k for k in owners if keep[k]]
-                    if not owners:
-                        continue
-                slot.extend([len(target)] * len(owners))
-                tokens.extend(owners)
-                predict_at.append(offset + column - 1)
-                target.append(ids[column])
-            offset += len(ids)
+        layout: list[tuple[int, tuple[int, ...]]] = []
+        for (_, common), group in groupby(rows, key=self._families.__getitem__):
+            members = list(group)
+            shared, begin = common if len(members) > 1 else 0, len(ids)
+            ids += self.rows[members[0]][:shared]
+            positions += range(shared)
+            layout.append((shared, tuple(len(self.rows[row]) - shared for row in members)))
+            for row in members:
+                own = len(ids) - shared  # where its first token would stand, if it stood there itself
+                for column, owners in self.tokens_of_row[row]:
+                    if keep is not None:
+                        owners = [k for k in owners if keep[k]]
+                        if not owners:
+                            continue
+                    slot.extend([len(target)] * len(owners))
+                    tokens.extend(owners)
+                    predict_at.append((begin if column <= shared else own) + column - 1)
+                    target.append(self.rows[row][column])
+                ids += self.rows[row][shared:]
+                positions += range(shared, len(self.rows[row]))
         to: dict[str, Any] = {"device": self.device}
         images = tuple(tuple(self.images_of_row[row]) for row in rows) if self.images_of_row else ()
+        whole = all(shared == 0 for shared, _ in layout)
         return MicroBatch(
             images=images if any(images) else (),
-            ids=torch.tensor([i for row in rows for i in self.rows[row]], **to),
-            positions=torch.cat([torch.arange(length) for length in lengths]).to(self.device),
-            plan=PackedSequences(lengths),
+            ids=torch.tensor(ids, **to),
+            positions=torch.tensor(positions, **to),
+            plan=PackedSequences(tuple(n for _, rests in layout for n in rests))
+            if whole
+            else SharedBeginnings(tuple(layout)),
             predict_at=torch.tensor(predict_at, dtype=torch.int64, **to),
             target=torch.tensor(target, dtype=torch.int64, **to),
             tokens=torch.tensor(tokens, dtype=torch.int64),

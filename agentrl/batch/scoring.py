@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from agentrl.batch.rows import Batch, MicroBatch
-from agentrl.models.attention import lm_logits, precision, run_ragged
+from agentrl.models.attention import PackedSequences, lm_logits, precision, run_ragged
 from agentrl.models.vision import rope_positions, run_visual
 
 Tensor = torch.Tensor
@@ -78,6 +78,7 @@ def run_rows(model: Any, micro: MicroBatch) -> Tensor:
     """
     if not micro.images:
         return run_ragged(model, micro.ids, micro.positions, micro.plan)
+    assert isinstance(micro.plan, PackedSequences)  # rows with pictures share no beginnings
     rows = micro.ids.cpu().split(list(micro.plan.lengths))
     starts = [0, *itertools.accumulate(micro.plan.lengths)]
     positions = [rope_positions(model, row.tolist(), spans) for row, spans in zip(rows, micro.images, strict=True)]

@@ -107,18 +107,20 @@ class ImplicitPRM:
             self._rebase(policy)
         centre = self.centre(batch, policy)
         reference = self._reference_of_new(batch, policy, centre)
-        before = self.scores(batch, centre)
+        pairs = self.pairs(batch.trajectories, self.draw(iteration, 0))
+        objective = self.objective(batch.trajectories, outcome, pairs)
+        draws = bool(replay) or self.config.holdout > 0 or self.config.groups_per_update is not None
+        kept = None if draws else self._pass_to_learn_from(batch, objective, centre)
+        before = self.scores(batch, centre) if kept is None else kept.detach().float().cpu()
         check_finite(batch, "the PRM", before)
         check_finite(batch, "the PRM's reference", reference)
         reward = self._reward(batch, before - reference)
-        pairs = self.pairs(batch.trajectories, self.draw(iteration, 0))
-        objective = self.objective(batch.trajectories, outcome, pairs)
         metrics = self._health(batch, reward, before, pairs)
         metrics |= objective.health(self.trajectory_scores(batch, before - reference))
-        if replay or self.config.holdout or self.config.groups_per_update is not None:
+        if draws:
             metrics |= learn_from_draws(self, batch, outcome, policy, replay, iteration)
         else:
-            metrics |= self._learn_from_new(batch, objective, reference, centre, before)
+            metrics |= self._learn_from_new(batch, objective, reference, centre, before, kept)
         if self.config.order == "update_then_score" and metrics["prm_steps"]:
             reward = self._reward(batch, self.scores(batch, centre) - reference)
             metrics["pair_accuracy_after"] = self._accuracy(batch, reward, pairs)
@@ -142,6 +144,7 @@ class ImplicitPRM:
         reference: Tensor,
         centre: Centre | None = None,
         before: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> dict[str, float]:
         """One exact two-pass optimiser step.
 
@@ -151,6 +154,7 @@ class ImplicitPRM:
             reference: (K,) the reference's s.
             centre: what to centre on, with `config.centred`.
             before: (K,) the PRM's own s where it is known already; saves pass 1.
+            kept: (K,) the same with their graph, where they have one; saves the forward half of pass 2.
 
         Returns:
             loss, gradient norm, and how far the parameters moved relative to their size.
@@ -166,10 +170,10 @@ class ImplicitPRM:
         if not math.isfinite(loss):
             raise NonFiniteError(f"the PRM's loss is {loss}")
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in batch.microbatches(self.budget, involved):
-            scores = score_microbatch(self.model, micro, temperature=self.temperature, centre=centre)
-            s = scores.centred if self.config.centred else scores.logprob
-            assert s is not None
+        if kept is not None:
+            (kept * weight.to(kept)).sum().backward()
+        for micro in batch.microbatches(self.budget, involved) if kept is None else ():
+            s = self._pick(score_microbatch(self.model, micro, temperature=self.temperature, centre=centre))
             (s * weight[micro.tokens].to(s)).sum().backward()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained_parameters(self.model), self.config.grad_clip))
         if not math.isfinite(grad_norm):
@@ -236,14 +240,32 @@ class ImplicitPRM:
         """Returns the seed of one of an iteration's draws."""
         return int(np.random.SeedSequence((self.seed, iteration, purpose)).generate_state(1)[0])
 
+    def _pass_to_learn_from(self, batch: Batch, objective: Objective, centre: Centre | None) -> Tensor | None:
+        """Returns (K,) s of the PRM with their graph, so that one forward pass judges the batch and serves the update.
+
+        None where it would not pay: the batch is more than one micro-batch (its graphs would be held at once), or too
+        many of its trajectories are not learned from (the backward pass goes through all).
+        """
+        if not 0 < batch.tokens <= self.budget or 3 * len(objective.members) < 2 * batch.index.N:
+            return None
+        (micro,) = batch.microbatches(self.budget)
+        s = self._pick(score_microbatch(self.model, micro, temperature=self.temperature, centre=centre))
+        return torch.zeros(batch.index.K, dtype=s.dtype, device=s.device).index_copy(0, micro.tokens.to(s.device), s)
+
     def _learn_from_new(
-        self, batch: Batch, objective: Objective, reference: Tensor, centre: Centre | None, before: Tensor
+        self,
+        batch: Batch,
+        objective: Objective,
+        reference: Tensor,
+        centre: Centre | None,
+        before: Tensor,
+        kept: Tensor | None,
     ) -> dict[str, float]:
         """The optimiser steps of an iteration on the new batch alone; what judged it serves the first step too."""
         metrics = objective.size() | {"prm_steps": 0.0}
         for number in range(self.config.updates if objective.members else 0):
-            known = before if number == 0 else None
-            metrics |= self.update(batch, objective, reference, centre, known)
+            first = (before, kept) if number == 0 else (None, None)
+            metrics |= self.update(batch, objective, reference, centre, *first)
             metrics["prm_steps"] += 1
         return metrics
 

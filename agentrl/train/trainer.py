@@ -141,6 +141,7 @@ class Trainer:
         """One iteration, from rollout to synced weights. Returns its metrics."""
         clock = Clock()
         gathered = self._gather()
+        self.policy.rest()
         clock.split(gathered.played.seconds)
         trajectories = gathered.trajectories
         self.buffer.append(trajectories, self.iteration)

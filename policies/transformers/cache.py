@@ -14,12 +14,19 @@ Tensor = torch.Tensor
 
 
 class SlotCache:
-    """Keys and values of every layer, (slots, length, kv_heads, head_dim), grown by doubling where it is too small."""
+    """Keys and values of every layer, (slots, kv_heads, length, head_dim), grown by doubling where it is too small.
+
+    A head's tokens stand together: reading them for one new token is most of the work of sampling.
+    """
 
     def __init__(self, layers: int, *, slots: int = 32, length: int = 256) -> None:
         self.slots, self.length = slots, length
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._keys)
 
     def reserve(self, slots: int, length: int) -> None:
         """Makes room for `slots` episodes of `length` tokens; what is cached stays."""
@@ -32,20 +39,29 @@ class SlotCache:
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
                 if old is not None:
-                    new = old.new_zeros((self.slots, self.length, *old.shape[2:]))
-                    new[: old.shape[0], : old.shape[1]] = old
+                    new = old.new_zeros((self.slots, old.shape[1], self.length, old.shape[3]))
+                    new[: old.shape[0], :, : old.shape[2]] = old
                     store[layer] = new
 
     def write(self, layer: int, slot: Tensor, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (T, kv_heads, head_dim) at (slot, position) and returns the layer's whole stores."""
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
-            shape = (self.slots, self.length, *key.shape[1:])
+            shape = (self.slots, key.shape[1], self.length, key.shape[2])
             keys = self._keys[layer] = key.new_zeros(shape)
             values = self._values[layer] = value.new_zeros(shape)
-        keys[slot, position] = key
-        values[slot, position] = value
+        keys[slot, :, position] = key
+        values[slot, :, position] = value
         return keys, values
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Gives `targets` the first `length` tokens of slot `source`."""
+        self.reserve(max(targets) + 1, length)
+        for store in (self._keys, self._values):
+            for layer in store:
+                assert layer is not None  # `source` has been written
+                for target in targets:
+                    layer[target, :, :length] = layer[source, :, :length]
 
 
 @dataclass(slots=True)
@@ -115,7 +131,7 @@ class SlotPlan:
                 if run.mask is not None and run.mask.dtype == torch.bool:
                     # Once for all layers: SDPA would do it in each.
                     run.mask = torch.zeros_like(run.mask, dtype=q.dtype).masked_fill_(~run.mask, -torch.inf)
-                k, v = (_rows(x[:, : run.longest], run.where).transpose(1, 2) for x in (keys, values))
+                k, v = (_rows(x[:, :, : run.longest], run.where) for x in (keys, values))
                 out = sdpa(q, k, v, scale, mask=run.mask)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

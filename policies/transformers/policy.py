@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,9 @@ from agentrl.models.load import fingerprint, load_model, load_tokenizer
 from agentrl.models.vision import check_visual, reader_of
 from agentrl.policy import ModelPolicy, PolicyAction, PolicyRequest
 from policies.transformers.sampler import Aborted, Sampler, to_action
+
+_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+"""Hands freed memory back (glibc): what the engine's thread has freed is of no use to the trainer's tensors."""
 
 
 class TransformersPolicy(ModelPolicy):
@@ -94,6 +99,15 @@ class TransformersPolicy(ModelPolicy):
 
     def release(self, episode: str) -> None:
         self._released.append(episode)
+
+    def rest(self) -> None:
+        # On the engine's thread: a call that was cancelled may still be at work.
+        self._thread.submit(self._rest).result()
+
+    def _rest(self) -> None:
+        self.sampler.forget()
+        if _trim_heap is not None:
+            _trim_heap(0)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         own = self.model.state_dict()

@@ -1,6 +1,7 @@
 """The batched sampler: ragged prefill of what is new, then one token a step for every action still open.
 
-* Only new tokens are prefilled: an episode's slot keeps the keys and values of the context it has already read.
+* Only new tokens are prefilled: an episode's slot keeps the keys and values of the context it has already read, and a
+  long context with which several episodes begin (the members of a group: the same prompt) is read once for all.
 * The log-prob returned is that of the distribution truly sampled from (after temperature, top-k and top-p).
 * Each action has its own counter-based random stream: the same seed, weights and context give the same action whatever
   else is in the batch (up to float rounding, which on a CPU is reproducible for the same batch).
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.models.attention import lm_logits, precision, run_ragged
+from agentrl.models.attention import WORTH_SHARING, lm_logits, precision, run_ragged
 from agentrl.models.vision import rope_positions, run_visual
 from agentrl.policy import PolicyAction, PolicyRequest
 from policies.transformers.cache import SlotCache, SlotPlan
@@ -59,8 +60,9 @@ class Sampler:
             self._free.sort(reverse=True)
 
     def forget(self) -> None:
-        """Drops all cached keys and values (the weights have changed)."""
+        """Drops all cached keys and values, and gives their memory back."""
         self._cached.clear()
+        self.cache = SlotCache(len(self.cache))
 
     @torch.inference_mode()  # a tenth faster than no_grad: small operations skip autograd's bookkeeping
     def sample(
@@ -123,7 +125,9 @@ class Sampler:
             past.append(min(shared, len(context) - 1))
             new.append(context[past[-1] :])
             self._cached.pop(request.episode, None)
-        order = sorted(range(len(requests)), key=lambda i: (len(new[i]), slots[i]))
+        twins = _twins(requests, past)
+        alike = {i for copies in twins.values() for i in copies}
+        order = sorted(set(range(len(requests))) - alike, key=lambda i: (len(new[i]), slots[i]))
         out: Tensor | None = None
         start = 0
         while start < len(order):
@@ -150,6 +154,9 @@ class Sampler:
             self.prefilled_tokens += size
             start = stop
         assert out is not None
+        for first, copies in twins.items():
+            self.cache.copy(slots[first], [slots[i] for i in copies], len(new[first]))
+            out[copies] = out[first].clone()
         return out
 
     def _see(self, flat: Tensor, plan: SlotPlan, read: Sequence[tuple[PolicyRequest, int]]) -> Tensor:
@@ -235,6 +242,15 @@ def uniforms(seeds: np.ndarray, counter: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _twins(requests: Sequence[PolicyRequest], past: Sequence[int]) -> dict[int, list[int]]:
+    """Returns requests with nothing cached and the same long context: the first of them -> the others."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        if past[i] == 0 and len(request.context_ids or ()) >= WORTH_SHARING:
+            found.setdefault(tuple(_keys(request)), []).append(i)
+    return {first: others for first, *others in found.values() if others}
 
 
 def _keys(request: PolicyRequest) -> list[int]:

@@ -13,8 +13,8 @@ ADAPTERS = 7
 """Linear layers of a decoder layer, each with an adapter."""
 HELD, HELD_ADAPTER = 0.2, 0.45
 """Gaps between live tensors that glibc's allocator keeps, as a share of what an update computes with, for each trained
-model; fitted to real runs. With adapters it is more: their many narrow tensors cut up the gaps that a wide one would
-have fitted."""
+model. Fitted to real runs, not derived: that adapters leave more was seen, why is a guess (their many narrow tensors
+cut up the gaps that a wide one would have fitted)."""
 
 
 def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
@@ -37,10 +37,10 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
         kv cache      2 x L x KV x b x slots x length, while sampling, and given back before the update, so that the
                       largest of these counts. Slots and length double from 32 and 256 until all episodes that are
                       alive and the longest context fit
-        allocator     on a CPU, `HELD` x trained models x (activations + backward): hardly two micro-batches have the
-                      same number of tokens, so that freed tensors leave gaps that the next ones do not fit. glibc keeps
-                      blocks below 32 MB for itself. ``MALLOC_MMAP_THRESHOLD_=65536`` ends that, at a page fault for
-                      each page of each tensor. On a GPU torch's caching allocator may hold some too: how much was not
+        allocator     on a CPU, `HELD` x trained models x (activations + backward): freed blocks below 32 MB that glibc
+                      keeps. With ``MALLOC_MMAP_THRESHOLD_=65536`` it is gone, at a page fault for each page of each
+                      tensor. Likely, not shown: micro-batches differ in size, and tensors of the next one do not fit
+                      the gaps of the last. On a GPU torch's caching allocator may hold some too: how much was not
                       measured, and is left out
 
     H, Q, KV, I are the widths of the hidden state, all query heads, all key-value heads and the MLP. Python, torch and

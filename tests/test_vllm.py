@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,62 @@ def test_one_failure_fails_the_call_and_ends_its_other_requests(model_dir: Path)
     with pytest.raises(PolicyFailure, match="broke off"):
         asyncio.run(policy_with(engine, model_dir).act([request("a"), request("b")]))
     assert engine.cancelled == 1
+
+
+# --- connections ---
+
+
+class FlakyServer(BaseHTTPRequestHandler):
+    """Answers like vLLM; hangs up on as many of the requests for tokens as `drops` says, and may then be dead."""
+
+    drops, dead, asked = 0, False, 0
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.server.kind.dead:  # type: ignore[attr-defined]
+            return
+        self._say({"/version": {"version": "0.32.0"}}.get(self.path, {"data": [{"id": "m", "max_model_len": 64}]}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        kind = self.server.kind  # type: ignore[attr-defined]
+        kind.asked += 1
+        if kind.drops:
+            kind.drops -= 1
+            return  # without a word: the connection is closed
+        token = {"token_ids": [7], "logprobs": {"content": [{"logprob": 0.0}]}, "weight_versions": None}
+        self._say({"choices": [token]})
+
+    def _say(self, answer: Any) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize(("drops", "dead", "answered"), [(1, False, True), (2, False, False), (1, True, False)])
+def test_a_broken_connection_is_asked_again_where_the_server_is_well(drops: int, dead: bool, answered: bool) -> None:
+    kind = type("Server", (FlakyServer,), {})
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    server.kind = kind
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        engine = RemoteEngine(url=f"http://127.0.0.1:{server.server_port}")
+        kind.asked, kind.drops, kind.dead = 0, drops, dead
+        if answered:
+            assert asyncio.run(engine.generate([1, 2], {})).ids == [7]
+        else:
+            with pytest.raises(PolicyFailure, match=r"broke off .*disconnected"):
+                asyncio.run(engine.generate([1, 2], {}))
+        assert kind.asked == (1 if dead else 2), "never a third time"
+        engine.close()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # --- the canary ---

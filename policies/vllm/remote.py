@@ -26,8 +26,8 @@ log = logging.getLogger("agentrl.vllm")
 Start = Callable[[], ServerProcess]
 
 _NONE_KEPT = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-"""A connection for each request. vLLM's server closes those that are idle for 5 seconds, and a request that meets the
-closing looks like a server that died; another connection costs nothing beside a forward pass."""
+"""A connection for each request, which costs nothing beside a forward pass. On a busy machine, requests over kept ones
+were now and then answered by a disconnect, which looks like a server that died; why was not found out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +135,10 @@ class RemoteEngine:
             async with asyncio.timeout(self.answer_s):
                 try:
                     answer = await client.post("/inference/v1/generate", json=body, timeout=None)
-                except httpx.HTTPError:
+                except httpx.HTTPError as error:
                     if not await self._well(client):
                         raise
+                    log.warning("a connection to the vLLM server broke (%r); asking again", error)
                     answer = await client.post("/inference/v1/generate", json=body, timeout=None)
         except TimeoutError:
             raise self._gone(server, f"gave no answer within answer_s={self.answer_s:g} s") from None

@@ -7,8 +7,11 @@ must run on the same one. Inside a running loop (a notebook) the coroutine runs 
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,7 +36,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         async def keep() -> None:
             result.append(await coroutine)
 
-        runner.run(keep())
+        with _woken_by_signals(runner.get_loop()):
+            runner.run(keep())
         return result[0]
     future = asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
     try:
@@ -41,6 +45,31 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+@contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Lets every signal wake `loop`.
+
+    Python notes a signal and handles it between two instructions of the main thread. One that comes just before the
+    loop goes to sleep, or that the kernel gives to another thread, interrupts no system call: Ctrl-C would wait for the
+    next timer, minutes where a rollout hangs. A byte in a socket wakes the loop (asyncio does this for its own signal
+    handlers, not for those of `asyncio.Runner`).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        loop.add_reader(ours, ours.recv, 4096)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            loop.remove_reader(ours)
 
 
 def _background_loop() -> asyncio.AbstractEventLoop:

@@ -22,8 +22,8 @@ def test_ctrl_c_wakes_a_sleeping_loop_whichever_thread_the_signal_reaches():
     try:
         started = time.monotonic()
         thread = threading.Thread(target=interrupt)
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
-            thread.start()
             run(asyncio.sleep(20))
         assert time.monotonic() - started < 10
     finally:

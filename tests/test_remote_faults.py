@@ -129,7 +129,8 @@ def flaky(monkeypatch) -> Any:
         monkeypatch.setattr(App, "_answer", answer)
         return fault
 
-    monkeypatch.setattr(wire, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(wire, "PATIENCE_S", 0.25)
+    monkeypatch.setattr(wire, "MOST_PATIENCE_S", 1.0)  # some 60 attempts, so that no run of bad luck ends an episode
     return spoil
 
 

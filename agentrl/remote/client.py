@@ -4,8 +4,8 @@ pauses and servers (`anywhere`, `step`). Many episodes in one request are in `ag
 The calls are generators that yield what is to be done (`Ask`, `Pause`) and get back its answer or its error, so that
 the rules stand here once: `drive` runs them where threads may block, `adrive` on an event loop.
 
-Every retry is safe (`agentrl.remote.protocol`). A request without an answer is asked again with twice the patience, and
-a batch in smaller ones: a step that hangs holds up nobody else for long.
+Every retry is safe (`agentrl.remote.protocol`). A request without an answer is asked again with more patience, and a
+batch in smaller ones: a step that hangs holds up nobody else for long.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 2.0
 """Seconds until a request without an answer is asked again, at first."""
+MOST_PATIENCE_S = 8.0
+"""And at most: a server answers a step under way to whoever asks again, so that more waiting would gain nothing, and
+lost answers would use up an episode's time in a few long waits."""
 T = TypeVar("T")
 
 
@@ -102,7 +105,7 @@ def anywhere(
             answer = yield Ask(server, kind, item, patience)
         except NoAnswer as error:
             server.count(-1)
-            patience *= 2
+            patience = longer(patience)
             _in_time(budget, error)
         except RemoteError as error:
             server.count(-1)
@@ -138,7 +141,7 @@ def step(
         try:
             return (yield Ask(server, STEP, item, patience))
         except NoAnswer as error:
-            patience *= 2
+            patience = longer(patience)
             _in_time(budget, error)
         except RemoteError as error:
             if not error.passing:
@@ -147,6 +150,11 @@ def step(
             others = any(other.up for other in servers if other is not server)
             budget.spend(error, FAILOVER_S if gone and others else None)
             yield Pause(error.retry_at)
+
+
+def longer(patience_s: float) -> float:
+    """Returns the seconds to wait for an answer after `patience_s` brought none."""
+    return min(2 * patience_s, MOST_PATIENCE_S)
 
 
 def _in_time(budget: Budget, error: RemoteError) -> None:

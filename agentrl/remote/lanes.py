@@ -5,7 +5,7 @@ its episodes go on, so that from then on both sides work at the same time. Where
 they do for a policy that acts on all of them at once, a tick travels whole instead: halves would gain nothing, and who
 acts with whom would depend on timing.
 
-A batch without an answer is asked for again in smaller ones, with twice the patience: a step that hangs holds up nobody
+A batch without an answer is asked for again in smaller ones, with more patience: a step that hangs holds up nobody
 else for long.
 """
 
@@ -130,7 +130,7 @@ class Lane:
         except RemoteError as error:
             if len(batch) > 1 and isinstance(error, NoAnswer | TooLarge | InvalidRequest):
                 # Whose doing it is shows in smaller batches.
-                self._split(kind, batch, 2 * patience_s if isinstance(error, NoAnswer) else patience_s)
+                self._split(kind, batch, client.longer(patience_s) if isinstance(error, NoAnswer) else patience_s)
                 return
             answers = [error] * len(batch)
         left = []

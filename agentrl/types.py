@@ -98,7 +98,11 @@ class StopReason(StrEnum):
     @property
     def scorable(self) -> bool:
         """Whether an episode that ended so says anything about the policy."""
-        return self in (StopReason.TERMINATED, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT)
+        return self is _TERMINATED or self is _TURN_LIMIT or self is _TOKEN_LIMIT
+
+
+# Python 3.11 looks members up slowly, and this is asked several times an episode.
+_TERMINATED, _TURN_LIMIT, _TOKEN_LIMIT = StopReason.TERMINATED, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT
 
 
 class Turn(BaseModel):

@@ -1,9 +1,11 @@
 """What `agentrl.evaluate` costs over a bare Python loop, for scripted agents in an environment that steps in
 microseconds.
 
-Both sides play the same tasks with the same agent, by turns in one process; the successes must be equal. The bare loop
-resets, asks the agent, steps and counts successes, and does nothing else. `evaluate` also checks what comes back, keeps
-every turn of an episode until it is counted, times it, and computes intervals. Three agents:
+Both sides play the same tasks with the same agent; the successes must be equal. The bare loop resets, asks the agent,
+steps and counts successes, and does nothing else. `evaluate` also checks what comes back, times it, counts turns,
+stop reasons and invalid actions, and computes intervals. The speed of a shared machine drifts by a third within a
+second: the two sides take turns every hundred episodes, inside one call of `evaluate`, whose whole cost (environment
+made, statistics) counts. Three agents:
 
     expert   a plain function observation -> move: a best move, from the distance table of the level
     random   a plain function observation -> move: drawn anew each time
@@ -50,10 +52,10 @@ def make_agent(name: str) -> Agent:
     return lambda _: moves[int(rng.random() * 4)]
 
 
-def bare(env: Any, agent: Agent, episodes: int, seed: int, *, request: bool) -> int:
+def bare(env: Any, agent: Agent, tasks: range, *, request: bool) -> int:
     """The loop that one would write without a framework. Returns the successes."""
     successes = 0
-    for task in range(seed, seed + episodes):
+    for task in tasks:
         observation, info = env.reset(seed=task)
         done, turn = False, 0
         while not done:
@@ -64,36 +66,57 @@ def bare(env: Any, agent: Agent, episodes: int, seed: int, *, request: bool) -> 
     return successes
 
 
+def clocks() -> tuple[float, float]:
+    """Returns CPU and wall seconds."""
+    return time.process_time(), time.perf_counter()
+
+
+class Alternating:
+    """Plays a slice of tasks with the bare loop whenever `evaluate` has played one (``on_summary``)."""
+
+    def __init__(self, env: Any, name: str, options: argparse.Namespace) -> None:
+        self.env, self.agent, self.request = env, make_agent(name), name == "request"
+        self.slice, self.next, self.last = options.slice, options.seed, options.seed + options.episodes
+        self.waiting = self.successes = 0
+        self.cpu = self.wall = 0.0
+
+    def __call__(self, _: Any) -> None:
+        self.waiting += 1
+        if self.waiting == self.slice or self.next + self.waiting == self.last:
+            cpu, wall = clocks()
+            tasks = range(self.next, self.next + self.waiting)
+            self.successes += bare(self.env, self.agent, tasks, request=self.request)
+            self.next, self.waiting = tasks.stop, 0
+            now = clocks()
+            self.cpu += now[0] - cpu
+            self.wall += now[1] - wall
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times both sides by turns. Returns seconds and episodes per second of each, and the ratio of each pair."""
-    env, request = make(ENV), name == "request"
+    """Times both sides. Returns seconds and episodes per second of each, and the ratio of each pair."""
+    env = make(ENV)
     rollout = RolloutConfig(concurrency=options.concurrency)
     pairs: list[dict[str, dict[str, float]]] = []
     for repeat in range(options.repeat + 1):  # the first warms caches up
-        pair: dict[str, dict[str, float]] = {}
-        found: dict[str, int] = {}
-        for side in ("bare", "evaluate") if repeat % 2 else ("evaluate", "bare"):
-            agent = make_agent(name)
-            policy: Policy = FunctionPolicy(agent, name, reads="request" if request else "observation")
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            if side == "bare":
-                found[side] = bare(env, agent, options.episodes, options.seed, request=request)
-            else:
-                result = evaluate(policy, ENV, episodes=options.episodes, seed=options.seed, rollout=rollout)
-                found[side] = round(result.success.value * options.episodes)
-            pair[side] = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        if found["bare"] != found["evaluate"]:
-            raise SystemExit(f"{name}: the sides disagree: {found}")
+        agent, other = make_agent(name), Alternating(env, name, options)
+        policy: Policy = FunctionPolicy(agent, name, reads="request" if other.request else "observation")
+        gc.collect()
+        cpu, wall = clocks()
+        result = evaluate(policy, ENV, episodes=options.episodes, seed=options.seed, rollout=rollout, on_summary=other)
+        now = clocks()
+        found = round(result.success.value * options.episodes)
+        if found != other.successes:
+            raise SystemExit(f"{name}: the sides disagree: evaluate {found}, bare loop {other.successes}")
+        mine = {"cpu": now[0] - cpu - other.cpu, "wall": now[1] - wall - other.wall}
         if repeat:
-            pairs.append(pair)
+            pairs.append({"bare": {"cpu": other.cpu, "wall": other.wall}, "evaluate": mine})
     env.close()
     ratios = {kind: median(pair["evaluate"][kind] / pair["bare"][kind] for pair in pairs) for kind in ("cpu", "wall")}
     rates = {
         f"{side}_episodes_per_second": options.episodes / median(pair[side]["cpu"] for pair in pairs)
         for side in ("bare", "evaluate")
     }
-    return {"agent": name, "successes": found["bare"], "ratio": ratios, **rates, "pairs": pairs}
+    return {"agent": name, "successes": found, "ratio": ratios, **rates, "pairs": pairs}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -102,6 +125,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--episodes", type=int, default=1000, metavar="N")
     parser.add_argument("--repeat", type=int, default=9, metavar="N", help="pairs that are timed")
     parser.add_argument("--concurrency", type=int, default=64, metavar="N")
+    parser.add_argument("--slice", type=int, default=100, metavar="N", help="episodes between two changes of sides")
     parser.add_argument("--seed", type=int, default=10**12, metavar="N", help="of the first task")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures in this file")
     options = parser.parse_args(arguments)

@@ -114,6 +114,38 @@ def test_direct_episodes_are_those_of_the_event_loop(env: str, history: str, mon
     assert {one.stop_reason for one in counted} >= {StopReason.ENVIRONMENT_ERROR}
 
 
+def test_requests_that_a_policy_keeps_stay_those_of_their_episode() -> None:
+    kept: list[PolicyRequest] = []
+
+    def keep(request: PolicyRequest) -> str:
+        kept.append(request)
+        return say(request)
+
+    def told() -> list[Any]:
+        return [(one.episode, one.turn, one.seed, list(one.messages)) for one in kept]
+
+    tasks = [Task(i, f"g{i}") for i in range(6)]
+    with Collector(FunctionPolicy(keep), EnvConfig(id="Words-v0"), RolloutConfig(), OutcomeConfig()) as collector:
+        collector.collect(tasks, seed=7)
+        recorded = told()
+        kept.clear()
+        collector.collect(tasks, seed=7, keep=False)
+        assert told() == recorded
+        assert len({episode for episode, *_ in recorded}) >= 6
+
+
+def test_each_episode_counts_its_own_time() -> None:
+    """Where nothing is kept, an episode takes over the object of the one before."""
+    tasks = [Task(i, f"g{i}") for i in range(200)]
+    summaries: list[Summary] = []
+    with Collector(
+        FunctionPolicy(say), EnvConfig(id="Words-v0"), RolloutConfig(), OutcomeConfig(), on_summary=summaries.append
+    ) as collector:
+        seconds = collector.collect(tasks, seed=7, keep=False).seconds
+    assert seconds["policy"] + seconds["environment"] <= seconds["total"]
+    assert sum(one.seconds for one in summaries) <= seconds["total"]
+
+
 def test_summaries_without_trajectories_are_those_with_them() -> None:
     summaries: list[Summary] = []
     tasks = [Task(i, f"g{i}", 2) for i in range(8)]

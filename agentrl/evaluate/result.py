@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import attrgetter
 from statistics import fmean
 from typing import Any, Literal
 
@@ -109,9 +110,9 @@ def result_of(
     temperature: float | None,
 ) -> EvalResult:
     """Returns the result of the episodes `summaries`, in whatever order; at least one must be scorable."""
-    ordered = sorted(summaries, key=lambda one: (one.task, one.member))
-    scored = [one for one in ordered if one.scorable]
+    ordered = sorted(summaries, key=attrgetter("task", "member"))
     failed = [one for one in ordered if not one.scorable]
+    scored = [one for one in ordered if one.scorable] if failed else ordered
     tasks = [one.seed for one in scored]
     successes = [one.success for one in scored]
     turns = sum(one.turns for one in scored)

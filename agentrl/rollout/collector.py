@@ -20,7 +20,7 @@ from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import InfrastructureError, UserError
 from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, Sampling
 from agentrl.rollout.batcher import Batcher, Clock
-from agentrl.rollout.direct import DirectEpisode
+from agentrl.rollout.direct import DirectEpisode, DirectPlayer
 from agentrl.rollout.episode import Episode, Shared
 from agentrl.rollout.executors import EnvironmentPool
 from agentrl.rollout.loop import run
@@ -65,13 +65,15 @@ class _Ended:
     kept: list[tuple[tuple[int, int], Trajectory]] = field(default_factory=list)
 
     def add(self, order: tuple[int, int], episode: Episode) -> None:
-        trajectory = episode.trajectory
-        self.reasons[trajectory.stop_reason] += 1
-        self.acted = self.acted or episode.played > 0
-        if self.first is None or order < self.first[0]:
-            self.first = (order, episode)
+        self.count(order, episode.trajectory.stop_reason, episode.played > 0, episode)
         if self.keep:
-            self.kept.append((order, trajectory))
+            self.kept.append((order, episode.trajectory))
+
+    def count(self, order: tuple[int, int], reason: StopReason, acted: bool, episode: Episode | None) -> None:
+        self.reasons[reason] += 1
+        self.acted = self.acted or acted
+        if episode is not None and (self.first is None or order < self.first[0]):
+            self.first = (order, episode)
 
 
 class Collector:
@@ -202,6 +204,19 @@ class Collector:
         main = asyncio.current_task()
         assert main is not None
 
+        directly = DirectPlayer(shared, live, record=record, cancelled=main.cancelling)
+        over: list[tuple[Summary, Episode | None]] = []
+        """Direct episodes that are over and not yet counted, with the episode where it failed."""
+
+        def count() -> None:
+            try:
+                for summary, failed in over:
+                    if self.on_summary is not None:
+                        self.on_summary(summary)
+                    ended.count((summary.task, summary.member), summary.stop_reason, summary.turns > 0, failed)
+            finally:
+                over.clear()
+
         async def play_some() -> None:
             shared.batcher.arriving()
             breath = perf_counter()
@@ -210,23 +225,29 @@ class Collector:
                     job = waiting.popleft()
                     for attempt in range(self.rollout.retries + 1):
                         if direct:
-                            episode: Episode = self._play_now(shared, job, attempt, live, record, main.cancelling)
+                            episode: Episode = self._play_now(directly, job, attempt)
                         else:
                             episode = await self._play(shared, job, attempt, live)
-                        if episode.trajectory.scorable or attempt == self.rollout.retries or self.policy.interactive:
+                        if episode.cause is None or attempt == self.rollout.retries or self.policy.interactive:
                             break
                         ended.retried += 1
                         self._report(episode, told)
-                    if record or not direct:
+                    if isinstance(episode, DirectEpisode) and not record:
+                        # Many are counted at once: code that runs once in a while has left the processor's caches, and
+                        # takes three times as long.
+                        over.append((episode.summary(self.outcome), episode if episode.cause is not None else None))
+                    else:
                         self._finished(episode.trajectory)
-                    if self.on_summary is not None:
-                        self.on_summary(self._summary(episode))
-                    ended.add(job.order, episode)
+                        if self.on_summary is not None:
+                            self.on_summary(summarise(episode.trajectory, *job.order))
+                        ended.add(job.order, episode)
                     if direct and perf_counter() - breath > _BREATH_S:
+                        count()
                         await asyncio.sleep(0)
                         breath = perf_counter()
             finally:
                 shared.batcher.away()
+                count()
 
         # A worker process is one environment, so that there are no more episodes alive than workers. Direct episodes
         # never wait for anything: side by side they would only share the time of one.
@@ -253,31 +274,13 @@ class Collector:
             del live[episode]
         return episode
 
-    def _play_now(
-        self,
-        shared: Shared,
-        job: Job,
-        attempt: int,
-        live: dict[Episode, None],
-        record: bool,
-        cancelled: Callable[[], int],
-    ) -> DirectEpisode:
-        episode = DirectEpisode(shared, job, attempt, record=record, cancelled=cancelled)
-        live[episode] = None
+    def _play_now(self, player: DirectPlayer, job: Job, attempt: int) -> DirectEpisode:
         try:
-            episode.play_now()
+            return player.play(job, attempt)
         except asyncio.CancelledError:
-            if record:
-                self._finished(episode.trajectory)
+            if player.record:
+                self._finished(player.episode.trajectory)
             raise
-        finally:
-            del live[episode]
-        return episode
-
-    def _summary(self, episode: Episode) -> Summary:
-        if isinstance(episode, DirectEpisode):
-            return episode.summary(self.outcome)
-        return summarise(episode.trajectory, *episode.job.order)
 
     def _report(self, episode: Episode, told: set[StopReason]) -> None:
         """Logs why an episode is played again: the first time for each reason in full, then briefly."""

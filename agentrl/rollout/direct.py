@@ -11,10 +11,10 @@ Deadlines are looked at after each call, as they are for every inline environmen
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from time import perf_counter
-from typing import Any, cast, overload
+from typing import Any, cast
 
 from agentrl.config.schema import OutcomeConfig
 from agentrl.errors import (
@@ -25,66 +25,44 @@ from agentrl.errors import (
     PolicyFailure,
     UserError,
 )
-from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest
+from agentrl.policy import FunctionPolicy, PolicyAction, PolicyRequest
+from agentrl.rollout.conversation import Conversation
 from agentrl.rollout.episode import Episode, Shared
-from agentrl.rollout.executors import Environment, LocalHost, Method
+from agentrl.rollout.executors import Environment, Host, LocalHost, Method
 from agentrl.rollout.outcome import judged
 from agentrl.rollout.seeds import action_seed
 from agentrl.rollout.summary import Summary
-from agentrl.rollout.tasks import Job, Task
+from agentrl.rollout.tasks import Job
 from agentrl.rollout.values import checked_observation, checked_step, stored_info
-from agentrl.types import Content, Message, StopReason, Trajectory, Turn
+from agentrl.types import Content, StopReason, Trajectory, Turn
 
 _new, _set = object.__new__, object.__setattr__
+_TERMINATED, _TURN_LIMIT = StopReason.TERMINATED, StopReason.TURN_LIMIT
 
 
-class Conversation(Sequence[Message]):
-    """The messages of a request, made when they are looked at: most plain functions read the observation alone."""
-
-    __slots__ = ("_count", "_episode", "_made", "_observation")
-
-    def __init__(self, episode: DirectEpisode, observation: Content) -> None:
-        self._episode, self._observation, self._count = episode, observation, episode.played
-        self._made: tuple[Message, ...] | None = None
-
-    def _all(self) -> tuple[Message, ...]:
-        if self._made is None:
-            self._made = self._episode.conversation(self._count, self._observation)
-        return self._made
-
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Message, ...]: ...
-    def __getitem__(self, index: int | slice) -> Message | tuple[Message, ...]:
-        return self._all()[index]
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __eq__(self, other: object) -> bool:
-        return self._all() == (other._all() if isinstance(other, Conversation) else other)
-
-    def __hash__(self) -> int:
-        return hash(self._all())
-
-    def __repr__(self) -> str:
-        return repr(self._all())
-
-
-@dataclass(slots=True)
 class _Names:
     """What an episode that is not recorded needs of a `Trajectory`: its names, for messages, and how it ended."""
 
-    id: str
-    group_id: str
-    env: str
-    seed: int
-    instructions: str = ""
-    stop_reason: StopReason = StopReason.TERMINATED
+    instructions = ""
+    stop_reason = StopReason.TERMINATED
     error: str | None = None
     final_observation: Content | None = None
     turns: tuple[Turn, ...] = ()
+
+    def __init__(self, job: Job, env: str) -> None:
+        self.job, self.env = job, env
+
+    @property
+    def id(self) -> str:
+        return f"{self.job.task.group_id}/{self.job.order[1]}"
+
+    @property
+    def group_id(self) -> str:
+        return self.job.task.group_id
+
+    @property
+    def seed(self) -> int:
+        return self.job.task.seed
 
     @property
     def scorable(self) -> bool:
@@ -109,25 +87,38 @@ class DirectEpisode(Episode):
     _context = _answer = _call = _expired = None
     _suspect = True
     _played = _invalid = 0
-    _total = _acting = _stepping = 0.0
+    _total = _acting = _stepping = _resetting = 0.0
     _solved = False
 
     def __init__(self, shared: Shared, job: Job, attempt: int, *, record: bool, cancelled: Callable[[], int]) -> None:
         # Not that of `Episode`: most of what it sets is for the event loop.
         self.job, self._attempt, self._shared, self._record = job, attempt, shared, record
         self._cancelled = cancelled
-        self._past: list[tuple[Content, str]] = []
-        """Observations and actions, for policies that read requests."""
-        self._messages = []
-        self.trajectory = self._begin(job.task, shared.pool.env_id)
+        env = shared.pool.env_id
+        self._names = _Names(job, env)
+        self.trajectory = self._begin(job.task, env) if record else cast(Trajectory, self._names)
 
-    @property
+    def renew(self, job: Job) -> None:
+        """Makes of an episode that ended well, and is not recorded, one that is to play `job`."""
+        self.job = self._names.job = job
+        self._observation, self._played, self._invalid = None, 0, 0
+        self._total = self._acting = self._stepping = self._resetting = 0.0
+        if self._shared.reads_requests:
+            self.__dict__.pop("_past", None)
+            self.__dict__.pop("key", None)
+
+    @cached_property
+    def _past(self) -> list[tuple[Content, str]]:
+        """Observations and actions, for policies that read requests."""
+        return []
+
+    @cached_property
     def key(self) -> str:  # type: ignore[override]
         shared = self._shared
         return f"{shared.label}{shared.iteration}/{self.job.task.group_id}/{self.job.order[1]}#{self._attempt}"
 
     def _release(self) -> None:
-        if type(self._shared.policy).release is not Policy.release:
+        if self._shared.releases:
             super()._release()
         elif self._environment is not None:
             self._shared.pool.give_back(self._environment, usable=not self._suspect)
@@ -144,61 +135,40 @@ class DirectEpisode(Episode):
             CancelledError: the collection is being cancelled (`trajectory` then says so too).
         """
         trajectory, shared = self.trajectory, self._shared
+        self.since = began = perf_counter()
+        expires = began + shared.config.episode_deadline_s
         try:
-            trajectory.stop_reason = self._play_now(perf_counter() + shared.config.episode_deadline_s)
+            self._environment = environment = shared.pool.take()
+            if not environment.made:
+                self._now("make", environment.host.make, expires)
+                environment.made = True
+            observation, info = self._started(environment.host, expires)
+            trajectory.stop_reason = self._turns(observation, info, expires)
         except (InfrastructureError, asyncio.CancelledError) as error:
             self._failed(error)
         finally:
             trajectory.final_observation = self._observation
             self._release()
             shared.clock.policy += self._acting
-            shared.clock.inline(self._stepping, self.since)
+            shared.clock.inline(self._stepping + self._resetting, self.since)
 
     def summary(self, outcome: OutcomeConfig) -> Summary:
         """Returns what an evaluation counts of this episode, scored by `outcome`."""
-        reason = self.trajectory.stop_reason
+        trajectory = self.trajectory
+        reason = trajectory.stop_reason
         value, success = 0.0, False
-        if reason.scorable:
-            value, success = judged(self._solved, self._total, reason is not StopReason.TERMINATED, outcome)
+        if self.cause is None:
+            value, success = judged(self._solved, self._total, reason is not _TERMINATED, outcome)
         place, member = self.job.order
         seconds = self._acting + self._stepping
-        return Summary(
-            place,
-            member,
-            self.trajectory.seed,
-            value,
-            success,
-            reason,
-            self._played,
-            self._invalid,
-            0,
-            seconds,
-            self.trajectory.error,
-        )
+        seed, error = self.job.task.seed, trajectory.error
+        return Summary(place, member, seed, value, success, reason, self._played, self._invalid, 0, seconds, error)
 
-    def conversation(self, turns: int, observation: Content) -> tuple[Message, ...]:
-        """Returns the messages of the first `turns` turns and `observation`, as the history setting shows them."""
-        instructions, window = self.trajectory.instructions, self._shared.window
-        messages = [Message(role="system", content=instructions)] if instructions else []
-        for seen, action in self._past[0 if window is None else max(0, turns - window) : turns]:
-            messages.append(Message(role="user", content=seen))
-            messages.append(Message(role="assistant", content=action))
-        return (*messages, Message(role="user", content=observation))
-
-    def _begin(self, task: Task, env_id: str) -> Trajectory:
-        if self._record:
-            return super()._begin(task, env_id)
-        names = _Names(f"{task.group_id}/{self.job.order[1]}", task.group_id, env_id, task.seed)
-        return cast(Trajectory, names)
-
-    def _play_now(self, expires: float) -> StopReason:
+    def _started(self, host: Host, expires: float) -> tuple[Content, dict[str, Any]]:
+        """Resets the environment. Returns its first observation and info."""
         shared, job, trajectory = self._shared, self.job, self.trajectory
-        self._environment = environment = shared.pool.take()
-        if not environment.made:
-            self._now("make", expires)
-            environment.made = True
-        seen, info, instructions = self._now("reset", expires, job.task.seed, dict(job.task.options))
-        observation = checked_observation(trajectory.env, seen)
+        seen, info, instructions = self._now("reset", host.reset, expires, job.task.seed, dict(job.task.options))
+        self._observation = observation = checked_observation(trajectory.env, seen)
         if shared.pool.instructions is not None:
             instructions = shared.pool.instructions
         trajectory.instructions = instructions
@@ -206,8 +176,7 @@ class DirectEpisode(Episode):
             trajectory.start_info = stored_info(info)
         if job.task.members > 1:
             shared.starts.check(trajectory, job, instructions, observation)
-        self._observation = observation
-        return self._turns(observation, info, expires)
+        return observation, info
 
     def _turns(self, observation: Content, info: dict[str, Any], expires: float) -> StopReason:
         """Plays turn after turn: the loop that everything else here is for (`benchmarks/eval_overhead.py`)."""
@@ -215,7 +184,7 @@ class DirectEpisode(Episode):
         policy, turns = shared.policy, trajectory.turns
         assert isinstance(policy, FunctionPolicy)
         assert self._environment is not None
-        function, reads_request = policy.function, policy.reads == "request"
+        function, reads_request = policy.function, shared.reads_requests
         cancelled = self._cancelled
         host, deadline = self._environment.host, shared.config.step_deadline_s
         step = host.stepper() if isinstance(host, LocalHost) else host.step
@@ -271,7 +240,7 @@ class DirectEpisode(Episode):
                 observation = seen if type(seen) is str else checked_observation(trajectory.env, seen)
                 if terminated or truncated:
                     self._solved = bool(info.get("success", False))
-                    return StopReason.TERMINATED if terminated else StopReason.TURN_LIMIT
+                    return _TERMINATED if terminated else _TURN_LIMIT
         finally:
             self._observation = observation
             self._acting, self._stepping, self._total, self._invalid = acting, stepping, total, invalid
@@ -316,17 +285,11 @@ class DirectEpisode(Episode):
 
     def _request(self, observation: Content, info: dict[str, Any]) -> PolicyRequest:
         turn = self._played
-        return PolicyRequest(
-            self.key,
-            turn,
-            observation,
-            Conversation(self, observation),
-            info,
-            seed=action_seed(self.job.action_seed, turn),
-            sampling=self._shared.sampling,
-        )
+        conversation = Conversation(self.trajectory.instructions, self._past, observation, self._shared.window)
+        seed = action_seed(self.job.action_seed, turn)
+        return PolicyRequest(self.key, turn, observation, conversation, info, None, (), seed, self._shared.sampling)
 
-    def _now(self, method: Method, expires: float, *arguments: Any) -> Any:
+    def _now(self, method: Method, call: Callable[..., Any], expires: float, *arguments: Any) -> Any:
         """Calls `make` or `reset` here and now.
 
         Raises:
@@ -336,14 +299,14 @@ class DirectEpisode(Episode):
         """
         self._suspect = True
         self.state, self.since = f"environment {method}", perf_counter()
-        assert self._environment is not None
+        began = self.since
         try:
-            answer = self._environment.call(method, *arguments)
+            answer = call(*arguments)
         except (Exception, SystemExit) as error:
             raise self._environment_failure(method, error) from error
         now = perf_counter()
-        self._shared.clock.inline(now - self.since, now)
-        if method != "make" and now - self.since > self._shared.config.step_deadline_s:
+        self._resetting += now - began
+        if method != "make" and now - began > self._shared.config.step_deadline_s:
             raise self._late(method)
         if now > expires:
             raise self._overdue()
@@ -355,6 +318,43 @@ class DirectEpisode(Episode):
         self._expire()
         assert self._expired is not None
         return self._expired
+
+
+class DirectPlayer:
+    """Plays one direct episode after another.
+
+    Making an object for each takes as long as a step of a small environment; where nothing is kept of an episode and
+    nothing went wrong in it, the next one takes over its object.
+    """
+
+    def __init__(
+        self, shared: Shared, live: dict[Episode, None], *, record: bool, cancelled: Callable[[], int]
+    ) -> None:
+        self._shared, self._live, self.record, self._cancelled = shared, live, record, cancelled
+        self._free: DirectEpisode | None = None
+        self.episode: DirectEpisode
+        """The last one."""
+
+    def play(self, job: Job, attempt: int) -> DirectEpisode:
+        """Plays `job`. The episode that it returns may be used until the next call, one that failed for ever.
+
+        Raises:
+            UserError, CancelledError: as `DirectEpisode.play_now`.
+        """
+        episode = self._free
+        if episode is None or attempt:
+            episode = DirectEpisode(self._shared, job, attempt, record=self.record, cancelled=self._cancelled)
+        else:
+            episode.renew(job)
+        self.episode, self._free = episode, None
+        self._live[episode] = None
+        try:
+            episode.play_now()
+        finally:
+            del self._live[episode]
+        if not self.record and episode.cause is None and not attempt:
+            self._free = episode
+        return episode
 
 
 def _turn(

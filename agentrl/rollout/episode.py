@@ -57,6 +57,8 @@ class Shared:
     def __post_init__(self) -> None:
         self.codec = getattr(self.policy, "chat", None)
         self.window = parse_history(self.config.history)
+        self.reads_requests = getattr(self.policy, "reads", "request") == "request"
+        self.releases = type(self.policy).release is not Policy.release
 
 
 class Episode:

@@ -12,7 +12,7 @@ from agentrl.rollout.seeds import mix
 from agentrl.types import Content, Trajectory
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Task:
     """One task instance, played by `members` episodes: a group."""
 
@@ -45,8 +45,8 @@ def jobs_of(tasks: Sequence[Task], seed: int, iteration: int) -> list[Job]:
     Raises:
         UserError: a group id that occurs twice, or a group without members.
     """
-    repeated = [group for group, count in Counter(task.group_id for task in tasks).items() if count > 1]
-    if repeated:
+    if len({task.group_id for task in tasks}) < len(tasks):
+        repeated = [group for group, count in Counter(task.group_id for task in tasks).items() if count > 1]
         raise UserError(f"several tasks have the group_id {repeated[0]!r}; give each task its own")
     played: dict[int, int] = {}
     jobs, base = [], mix(mix(0, seed), iteration)

@@ -18,6 +18,7 @@ from agentrl.models.load import fingerprint, load_model
 from agentrl.policy import PolicyRequest, Sampling
 from agentrl.rollout.context import ContextBuilder
 from policies.transformers import TransformersPolicy, sampler
+from policies.transformers.cache import SlotPlan
 from policies.transformers.sampler import Sampler, truncate, uniforms
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -371,6 +372,42 @@ def test_asking_again_reads_one_token_and_gives_the_same_answer(policy):
     again = act(policy, requests_of(contexts))
     assert policy.sampler.prefilled_tokens - before == 8
     assert [a.ids for a in again] == [a.ids for a in first]
+
+
+def test_open_actions_stand_together_whoever_ends_first_and_read_their_own_past(policy, model_dir, monkeypatch):
+    random, copied = np.random.default_rng(3), []
+    real = SlotPlan._run
+
+    def run(self, first, last, slots, past, new, device):
+        made = real(self, first, last, slots, past, new, device)
+        copied.append(new[first] == 1 and isinstance(made.where, torch.Tensor))
+        return made
+
+    monkeypatch.setattr(SlotPlan, "_run", run)
+    alone = TransformersPolicy(str(model_dir))
+    contexts = {str(i): context for i, context in enumerate(random_contexts(5, 12))}
+    for number in range(4):
+        acting = [key for key in contexts if random.random() < 0.6]
+        requests = [
+            request(key, contexts[key], number, 7 * number + int(key), Sampling(1.0, max_new_tokens=int(limit)))
+            for key, limit in zip(acting, random.integers(1, 14, len(acting)), strict=True)
+        ]
+        copied.clear()
+        actions = act(policy, requests)
+        assert copied
+        assert not any(copied)
+        for one, action in zip(requests, actions, strict=True):
+            [wanted] = act(alone, [one])
+            assert action.ids == wanted.ids
+            assert action.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+            contexts[one.episode] = [*one.context_ids, *action.ids, 11, 12]
+        slots = sorted([*policy.sampler._slot.values(), *policy.sampler._free])
+        assert slots == list(range(len(slots)))
+        for key in [key for key in contexts if random.random() < 0.2]:
+            del contexts[key]
+            policy.release(key)
+            alone.release(key)
+            contexts[f"{key}{number}"] = random_contexts(number, 1)[0]
 
 
 def test_released_slots_are_used_again_and_leave_nothing_behind(policy, model_dir):

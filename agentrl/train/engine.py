@@ -65,6 +65,8 @@ def sync_engine(policy: ModelPolicy, model: Any, version: int, dtype: str = "flo
     else:
         weights = engine_weights(policy, model)
         policy.load_weights(weights, version)
+        if getattr(engine, "model", None) is model:
+            return None  # the same tensors: nothing could differ
         if (theirs := policy.fingerprint()) != (ours := fingerprint(weights)):
             raise AgentRLError(f"weight sync failed: the engine's weights are {theirs}, the trainer's {ours}")
     return check_canary(policy, model, dtype)

@@ -63,6 +63,16 @@ class SlotCache:
                 for target in targets:
                     layer[target, :, :length] = layer[source, :, :length]
 
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchanges the first `length` tokens of two slots."""
+        length = min(length, self.length)
+        for store in (self._keys, self._values):
+            for layer in store:
+                if layer is not None:
+                    kept = layer[a, :, :length].clone()
+                    layer[a, :, :length] = layer[b, :, :length]
+                    layer[b, :, :length] = kept
+
 
 @dataclass(slots=True)
 class _Run:

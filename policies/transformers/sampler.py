@@ -98,9 +98,9 @@ class Sampler:
                 break
             if abort.is_set():
                 raise Aborted
-            plan = SlotPlan(
-                self.cache, [slots[i] for i in open_], [length[i] + step for i in open_], [1] * len(open_), self.device
-            )
+            open_ = self._close_ranks(open_, [requests[i].episode for i in open_], max(length) + step)
+            slots = [self._slot[requests[i].episode] for i in open_]
+            plan = SlotPlan(self.cache, slots, [length[i] + step for i in open_], [1] * len(open_), self.device)
             last = torch.tensor([ids[i][-1] for i in open_], device=self.device)
             positions = plan.positions if shift is None else plan.positions + shift[open_]
             logits = lm_logits(self.model, run_ragged(self.model, last, positions, plan))
@@ -114,6 +114,32 @@ class Sampler:
         if episode not in self._slot:
             self._slot[episode] = self._free.pop() if self._free else len(self._slot)
         return self._slot[episode]
+
+    def _close_ranks(self, rows: list[int], episodes: Sequence[str], longest: int) -> list[int]:
+        """Lets the slots of `episodes` stand together, so that their keys and values need not be copied in each step.
+
+        Args:
+            rows: what to sort. episodes: of each. longest: no more tokens are cached of any of them.
+
+        Returns:
+            `rows` in the order of the slots.
+        """
+        row_at = {self._slot[episode]: row for episode, row in zip(episodes, rows, strict=True)}
+        first, count = min(row_at), len(rows)
+        if max(row_at) - first >= count:
+            used = max(longest, *map(len, self._cached.values()), 0)
+            owner = {slot: episode for episode, slot in self._slot.items()}
+            holes = [slot for slot in range(count) if slot not in row_at]
+            for hole, far in zip(holes, [slot for slot in row_at if slot >= count], strict=True):
+                self.cache.swap(hole, far, used)
+                self._slot[owner[far]] = hole
+                row_at[hole] = row_at.pop(far)
+                if hole in owner:
+                    self._slot[owner[hole]] = far
+                else:
+                    self._free[self._free.index(hole)] = far
+            self._free.sort(reverse=True)
+        return [row_at[slot] for slot in sorted(row_at)]
 
     def _prefill(self, requests: Sequence[PolicyRequest], slots: list[int], abort: threading.Event) -> Tensor:
         """Reads every request's new context tokens; returns the logits (n, V) after each last one."""

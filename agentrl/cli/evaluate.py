@@ -250,7 +250,7 @@ def _rows(result: EvalResult) -> list[tuple[str, object]]:
         ("seeds", f"{result.seed}..{result.seed + result.tasks - 1}"),
         ("environment arguments", result.env_kwargs),
         ("temperature", result.temperature),
-        ("seconds", f"{result.seconds:.4g}, {result.episode_seconds:.2g} an episode"),
+        ("seconds", f"{_seconds(result.seconds)}, {_seconds(result.episode_seconds)} an episode"),
     ]
     if result.per_task > 1:
         rows.insert(0, ("episodes", f"{result.episodes} = {result.tasks} tasks x {result.per_task}"))
@@ -258,6 +258,11 @@ def _rows(result: EvalResult) -> list[tuple[str, object]]:
         failed = f"{result.infrastructure_failures}; the first: {result.first_failure}"
         rows.insert(1, ("failed (in no mean)", failed))
     return rows
+
+
+def _seconds(value: float) -> str:
+    """Two digits, and no exponent."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _pass_rows(result: EvalResult) -> list[tuple[str, object]]:

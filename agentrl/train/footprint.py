@@ -14,7 +14,7 @@ ADAPTERS = 7
 HELD, HELD_ADAPTER = 0.2, 0.45
 """Gaps between live tensors that glibc's allocator keeps, as a share of what an update computes with, for each trained
 model. Fitted to real runs, not derived: that adapters leave more was seen, why is a guess (their many narrow tensors
-cut up the gaps that a wide one would have fitted)."""
+cut up the gaps that a wide one would have fitted). docs/results has shapes that it was not fitted to."""
 
 
 def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
@@ -84,7 +84,10 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
         items.append(Item("step", 4 * p, "AdamW's, when activations are gone"))
     else:
         held = (HELD_ADAPTER if rank else HELD) * trained * (activations + backward)
-        items.append(Item("allocator", held, "gaps between tensors, which glibc keeps (MALLOC_MMAP_THRESHOLD_)"))
+        caution = "; with adapters up to 2.7 x this was measured" if rank else ""
+        items.append(
+            Item("allocator", held, f"gaps between tensors, which glibc keeps (MALLOC_MMAP_THRESHOLD_){caution}")
+        )
     room = f"{slots:,} slots of {length:,} tokens for {alive:,} episodes of up to {work.context:,.0f}, while sampling"
     return [*items, Item("kv cache", cache, room)]
 

@@ -301,6 +301,6 @@ def test_what_is_read_but_not_scored_may_be_anything_the_agent_did_not_see(model
     torch.testing.assert_close(
         score(model, build_batch(made), budget=ALL).logprob,
         score(model, build_batch(noisy), budget=ALL).logprob,
-        atol=1e-6,
+        atol=5e-6,
         rtol=0,
     )

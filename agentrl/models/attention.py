@@ -154,6 +154,10 @@ def sdpa(
             # One new token: the heads that share a key head stand where its queries would. Nothing is copied.
             grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
             return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape_as(query)
+        if query.device.type == "cpu":  # whose kernel reads a key head for several query heads; others copy it for each
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+            )
         key, value = _repeat_heads(query, key, value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 

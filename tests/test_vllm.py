@@ -22,7 +22,7 @@ from helpers import perturbed
 
 from agentrl.errors import AgentRLError, PolicyFailure, UserError
 from agentrl.models.chat import ChatCodec
-from agentrl.models.load import Fingerprint, fingerprint, load_tokenizer
+from agentrl.models.load import Fingerprint, fingerprint, load_model, load_tokenizer
 from agentrl.policy import PolicyRequest, Sampling
 from agentrl.train.engine import check_canary
 from policies.vllm import engine as vllm_engine
@@ -155,6 +155,10 @@ class Told:
         self.answers = list(answers)
         self.asked: list[dict[str, Any]] = []
         self.cancelled = 0
+        self.weights = ""
+
+    def fingerprint(self) -> str:
+        return self.weights
 
     async def generate(self, ids: Sequence[int], params: Mapping[str, Any]) -> Generated:
         self.asked.append({"ids": list(ids), **params})
@@ -180,6 +184,24 @@ def policy_with(engine: Told, model_dir: Path) -> VLLMPolicy:
 def request(episode: str = "e", ids: list[int] | None = None, **sampling: Any) -> PolicyRequest:
     given = Sampling(**{"max_new_tokens": 4, **sampling})
     return PolicyRequest(episode, 0, "", (), context_ids=[5, 6, 7] if ids is None else ids, seed=11, sampling=given)
+
+
+def test_before_weights_arrive_those_of_the_directory_are_told_apart(model_dir: Path, tmp_path: Path) -> None:
+    """An evaluation must not go on with other weights: it compares their hash."""
+    engine = Told()
+    policy = policy_with(engine, model_dir)
+    policy.settings = Settings(model=str(model_dir), dtype="float32")
+    first = policy.fingerprint()
+    assert len(first) == 16
+    assert policy.fingerprint() == first
+    model = load_model(model_dir)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1.0
+    model.save_pretrained(tmp_path)
+    policy.settings = Settings(model=str(tmp_path), dtype="float32")
+    assert policy.fingerprint() not in ("", first)
+    engine.weights = "of the engine"
+    assert policy.fingerprint() == "of the engine"
 
 
 def test_an_action_carries_the_versions_of_its_tokens(model_dir: Path) -> None:

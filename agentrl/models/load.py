@@ -242,6 +242,18 @@ def fingerprint(weights: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
+def files_fingerprint(folder: str | Path) -> str:
+    """Returns a hash of the weights in the safetensors files of `folder`; empty where there are none."""
+    from safetensors import safe_open
+
+    whole, paths = Fingerprint(), sorted(Path(folder).glob("*.safetensors"))
+    for path in paths:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            for name in sorted(file.keys()):
+                whole.add(name, file.get_tensor(name))
+    return whole.hexdigest() if paths else ""
+
+
 class Fingerprint:
     """`fingerprint`, tensor by tensor, for weights that are never all in one place."""
 

@@ -15,7 +15,7 @@ import torch
 
 from agentrl.errors import AgentRLError, PolicyFailure, UserError
 from agentrl.models.chat import ChatCodec
-from agentrl.models.load import check_model_dir, distinct, load_tokenizer, save_model
+from agentrl.models.load import check_model_dir, distinct, files_fingerprint, load_tokenizer, save_model
 from agentrl.models.lora import has_adapter, merged, reference_of, write_adapter
 from agentrl.policy import ModelPolicy, PolicyAction, PolicyRequest
 from policies.vllm.engine import MODEL_NAME, Settings, check_installed, check_python, sampling_params
@@ -270,7 +270,7 @@ class VLLMPolicy(ModelPolicy):
             shutil.rmtree(old, ignore_errors=True)
 
     def fingerprint(self) -> str:
-        return self.engine.fingerprint()
+        return self.engine.fingerprint() or files_fingerprint(self.settings.model)
 
     def canary(self, ids: Sequence[int]) -> list[float]:
         found = self.engine.score(ids)

@@ -134,6 +134,19 @@ def test_requests_that_a_policy_keeps_stay_those_of_their_episode() -> None:
         assert len({episode for episode, *_ in recorded}) >= 6
 
 
+def test_every_episode_is_released_under_its_own_key() -> None:
+    released: list[str] = []
+
+    class Told(FunctionPolicy):
+        def release(self, episode: str) -> None:
+            released.append(episode)
+
+    policy = Told(lambda _: "b", "told", reads="observation")
+    with Collector(policy, EnvConfig(id="Words-v0"), RolloutConfig(), OutcomeConfig()) as collector:
+        collected = collector.collect([Task(i, f"g{i}") for i in range(6)], keep=False)
+    assert len(set(released)) == len(released) == 6 + collected.retried
+
+
 def test_each_episode_counts_its_own_time() -> None:
     """Where nothing is kept, an episode takes over the object of the one before."""
     tasks = [Task(i, f"g{i}") for i in range(200)]

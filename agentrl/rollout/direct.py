@@ -101,11 +101,11 @@ class DirectEpisode(Episode):
     def renew(self, job: Job) -> None:
         """Makes of an episode that ended well, and is not recorded, one that is to play `job`."""
         self.job = self._names.job = job
-        self._observation, self._played, self._invalid = None, 0, 0
+        self._environment = self._observation = None
+        self._played = self._invalid = 0
         self._total = self._acting = self._stepping = self._resetting = 0.0
-        if self._shared.reads_requests:
-            self.__dict__.pop("_past", None)
-            self.__dict__.pop("key", None)
+        self.__dict__.pop("_past", None)
+        self.__dict__.pop("key", None)
 
     @cached_property
     def _past(self) -> list[tuple[Content, str]]:

@@ -191,7 +191,7 @@ def test_the_command_explains_a_run(model_dir: Path, tmp_path: Path) -> None:
     assert found["settings"]["prm.reference"] == "frozen"
     assert "24 groups x 8 = 192 episodes" in result.output
     assert max(map(len, result.stdout.splitlines()[:-2])) <= 80
-    everything = run(path, "--all", "--episodes", 0)
+    everything = run(path, f"model.path={tmp_path / 'nowhere'}", "--all", "--episodes", 0)
     assert "prm.beta" in everything.output
     assert "No estimate of memory and cost" in everything.output
     refused = run(path, "rollout.top_p=0.9")

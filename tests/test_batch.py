@@ -298,9 +298,10 @@ def test_what_is_read_but_not_scored_may_be_anything_the_agent_did_not_see(model
         ]
         steps.append(turn([7, 7, 7], []))
         noisy.append(t.model_copy(update={"turns": steps, "final_observation": "junk", "outcome": float("nan")}))
+    model = model.double()  # other lengths round otherwise: in float32 by two units of the last place
     torch.testing.assert_close(
         score(model, build_batch(made), budget=ALL).logprob,
         score(model, build_batch(noisy), budget=ALL).logprob,
-        atol=5e-6,
+        atol=1e-6,
         rtol=0,
     )

@@ -203,7 +203,6 @@ class Collector:
         record = ended.keep or self.on_episode is not None
         main = asyncio.current_task()
         assert main is not None
-
         directly = DirectPlayer(shared, live, record=record, cancelled=main.cancelling)
         over: list[tuple[Summary, Episode | None]] = []
         """Direct episodes that are over and not yet counted, with the episode where it failed."""

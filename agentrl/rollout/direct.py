@@ -95,12 +95,11 @@ class DirectEpisode(Episode):
         self.job, self._attempt, self._shared, self._record = job, attempt, shared, record
         self._cancelled = cancelled
         env = shared.pool.env_id
-        self._names = _Names(job, env)
-        self.trajectory = self._begin(job.task, env) if record else cast(Trajectory, self._names)
+        self.trajectory = self._begin(job.task, env) if record else cast(Trajectory, _Names(job, env))
 
     def renew(self, job: Job) -> None:
         """Makes of an episode that ended well, and is not recorded, one that is to play `job`."""
-        self.job = self._names.job = job
+        self.job = cast(_Names, self.trajectory).job = job
         self._environment = self._observation = None
         self._played = self._invalid = 0
         self._total = self._acting = self._stepping = self._resetting = 0.0

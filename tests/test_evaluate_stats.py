@@ -11,6 +11,7 @@ import pytest
 from agentrl.errors import UserError
 from agentrl.evaluate import bootstrap_mean, cluster_proportion, pass_at_k, pass_hat_k, sign_flip_p, wilson
 from agentrl.evaluate.compare import paired
+from agentrl.evaluate.stats import expanded_tail
 
 
 def test_wilson_is_that_of_statsmodels() -> None:
@@ -24,9 +25,34 @@ def test_wilson_is_that_of_statsmodels() -> None:
 def test_bootstrap_is_that_of_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(3).gamma(2.0, size=60)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    level = 1 - 2 * expanded_tail(60)
+    found = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=0)
+    theirs = found.confidence_interval
     ours = bootstrap_mean(values.tolist(), range(60), resamples=20_000)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_percentiles_are_expanded_to_where_student_s_t_has_them() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for count, within in ((3, 0.05), (4, 0.01), (8, 1e-3), (20, 1e-6), (256, 1e-9)):
+        for level in (0.9, 0.95):
+            t = stats.t.ppf((1 + level) / 2, count - 1)
+            z = -stats.norm.ppf(expanded_tail(count, level))
+            assert z == pytest.approx(t * math.sqrt(count / (count - 1)), rel=within)
+    assert expanded_tail(10**6) == pytest.approx(0.025, abs=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [10, 20])
+def test_intervals_over_few_tasks_cover_95_percent_too(tasks: int) -> None:
+    """Plain percentiles hold the truth in 89.3 % (10 tasks) and 92.8 % of these trials."""
+    rng = np.random.default_rng(11)
+    held = 0
+    for trial in range(2000):
+        found = bootstrap_mean(rng.normal(size=tasks).tolist(), range(tasks), resamples=1000, seed=trial)
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 0 <= found.high
+    assert 0.93 <= held / 2000 <= 0.97
 
 
 def test_bootstrap_of_tasks_that_are_alike_is_that_of_all_tasks_one_by_one() -> None:

@@ -79,9 +79,11 @@ def bootstrap_mean(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Returns the mean of `values` with a percentile bootstrap interval that resamples whole clusters.
+    """Returns the mean of `values` with a bootstrap interval that resamples whole clusters (expanded percentiles).
 
-    Episodes of one task are alike; resampling single episodes would pretend to more evidence than there is.
+    Episodes of one task are alike; resampling single episodes would pretend to more evidence than there is. Percentiles
+    of few clusters are too narrow, as a normal interval with the plug-in deviation would be; they are taken further out
+    by what Student's t asks in their place (Hesterberg 2014, arXiv 1411.5279).
 
     Args:
         values: (N,) one per episode.
@@ -106,8 +108,34 @@ def bootstrap_mean(
     sums = np.bincount(cluster_of_value, weights=np.asarray(values, dtype=float), minlength=count)
     sizes = np.bincount(cluster_of_value, minlength=count)
     means = _resampled(sums, sizes, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    tail = expanded_tail(count, level)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(value=mean, low=float(low), high=float(high))
+
+
+def expanded_tail(count: int, level: float = 0.95) -> float:
+    """Returns which percentile of the bootstrap bounds an interval over `count` >= 2 clusters, (1 - level) / 2 at most.
+
+    Phi(-sqrt(n / (n - 1)) t), t being the quantile of Student's distribution with n - 1 degrees of freedom: the
+    bootstrap distribution of a mean is normal with the variance that divides by n in the place of n - 1.
+    """
+    t = _student_quantile((1 + level) / 2, count - 1)
+    return NormalDist().cdf(-math.sqrt(count / (count - 1)) * t)
+
+
+def _student_quantile(p: float, freedom: int) -> float:
+    """Quantile of Student's t by its expansion around the normal one (Abramowitz and Stegun 26.7.5).
+
+    Within 1 % from 2 degrees of freedom on, 0.01 % from 6 on; with 1 it is too small, of no matter to a bootstrap.
+    """
+    z = NormalDist().inv_cdf(p)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
+    )
 
 
 def _resampled(sums: Array, sizes: Array, resamples: int, rng: np.random.Generator) -> Array:

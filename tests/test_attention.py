@@ -10,6 +10,7 @@ import transformers as tf
 from helpers import difference, flat_gradient
 
 from agentrl.errors import ModelError
+from agentrl.models import tree_attention
 from agentrl.models.attention import NAME, PackedSequences, check_ragged, lm_logits, run_ragged
 
 SHAPE = {
@@ -108,7 +109,7 @@ def test_no_token_sees_another_sequence_or_its_own_future():
 def test_the_check_passes_in_both_precisions_and_notices_a_plan_that_is_ignored(dtype, sharpness, monkeypatch):
     model = build(WORKING["llama"], sharpness=sharpness).to(dtype)
     check_ragged(model)
-    monkeypatch.setattr(PackedSequences, "runs", lambda self: [(0, 1, sum(self.lengths))])
+    monkeypatch.setattr(tree_attention, "runs_of", lambda lengths: [(0, 1, sum(lengths))])
     with pytest.raises(ModelError, match="differ from the model's own"):
         check_ragged(model)
 

@@ -225,29 +225,32 @@ def alike(prompts, members, longest=12):
 
 
 @pytest.mark.parametrize("budget", [60, 150, ALL])
-def test_a_long_context_that_rows_begin_with_is_read_once_and_changes_nothing(model, monkeypatch, budget):
+def test_what_rows_begin_with_is_read_once_and_changes_nothing(model, monkeypatch, budget):
     model.double()
     made = [*alike([[7] * 30, [8] * 20, [9] * 5], 4), *alike([[6] * 40], 1)]
+    # Two that go the same way until they part within an action, and two until the second observation.
+    made += [
+        trajectory(f"s/{m}", "s", m % 2, [turn([5] * 9, [20, 21, 22 + m // 2], new_row=True), turn([30 + m], [40])])
+        for m in range(4)
+    ]
+    monkeypatch.setattr(rows, "WORTH_SHARING", 10**9)
     whole = build_batch(made)
     assert sum(len(micro.ids) for micro in whole.microbatches(ALL)) == whole.tokens
     monkeypatch.setattr(rows, "WORTH_SHARING", 20)
     shared = build_batch(made)
     if budget == ALL:
         (micro,) = shared.microbatches(ALL)
-        assert len(micro.ids) == whole.tokens - 3 * 30 - 3 * 20
+        assert len(micro.ids) <= whole.tokens - 3 * 30 - 3 * 20 - 3 * 11
+        assert len(micro.target) < len(micro.tokens)
     weight = torch.linspace(-1, 1, whole.index.K)
-    for members in (None, [0, 2, 5, 12]):
-        ours, plain = (score(model, b, budget=budget, trajectories=members).logprob for b in (shared, whole))
-        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
-        ours, plain = (gradient(model, b, budget, weight, members) for b in (shared, whole))
-        assert difference(ours, plain) < 1e-6
-
-
-def test_rows_that_go_on_long_after_what_they_share_stand_whole(model, monkeypatch):
-    monkeypatch.setattr(rows, "WORTH_SHARING", 20)
-    monkeypatch.setattr(rows, "LONGEST_REST", 1)
-    batch = build_batch(alike([[7] * 30], 4))
-    assert sum(len(micro.ids) for micro in batch.microbatches(ALL)) == batch.tokens
+    for members in (None, [0, 2, 5, 12, 14]):
+        found = []
+        for batch, worth in ((shared, 20), (whole, 10**9)):
+            monkeypatch.setattr(rows, "WORTH_SHARING", worth)
+            scores = score(model, batch, budget=budget, trajectories=members).logprob
+            found.append((scores, gradient(model, batch, budget, weight, members)))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=0)
+        assert difference(found[0][1], found[1][1]) < 1e-6
 
 
 def test_the_order_of_trajectories_changes_nothing(model):

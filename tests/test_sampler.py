@@ -119,6 +119,7 @@ def test_a_long_context_of_several_episodes_is_read_once_and_they_go_on_apart(mo
         return first, act(policy, requests_of(grown, sampling, seed=2000, turn=1))
 
     apart, together = (TransformersPolicy(str(model_dir)) for _ in range(2))
+    monkeypatch.setattr(sampler, "WORTH_SHARING", 10**9)
     expected = played(apart)
     monkeypatch.setattr(sampler, "WORTH_SHARING", 30)
     found = played(together)

@@ -4,24 +4,25 @@ A row is a maximal stretch of turns whose context only grew (`Turn.new_row` star
 row per trajectory (*packed*), with a window one row per turn once the window slides (*per-turn*). Everything but the
 sampled ids is context: it is read, never scored.
 
-Rows are never padded. A micro-batch is some rows, shortest first, laid end to end; equal rows are computed once, and so
-is, on a CPU, a long context that several short rows begin with (the members of a group have the same prompt).
+Rows are never padded. A micro-batch is some rows laid end to end; equal rows are computed once, and so is, on a CPU,
+what several rows begin with (the members of a group have the same prompt): `agentrl.batch.sharing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from agentrl.batch.index import Index
+from agentrl.batch.sharing import apart, share
 from agentrl.errors import DataError
-from agentrl.models.attention import LONGEST_REST, WORTH_SHARING, PackedSequences, SharedBeginnings
+from agentrl.models.attention import WORTH_SHARING, PackedSequences
+from agentrl.models.tree_attention import TokenTree
 from agentrl.types import ImageSpan, Trajectory, Turn
 
 Tensor = torch.Tensor
@@ -35,7 +36,7 @@ class MicroBatch:
     """(T,) int64 token ids."""
     positions: Tensor
     """(T,) int64 position inside the row."""
-    plan: PackedSequences | SharedBeginnings
+    plan: PackedSequences | TokenTree
     predict_at: Tensor
     """(k,) int64: flat position whose logits predict the action token."""
     target: Tensor
@@ -83,7 +84,8 @@ class Batch:
         if len(members) < self.index.N:
             chosen = sorted({row for traj in members for row in self._traj_rows[traj]})
             keep = [traj in members for traj in self.index.traj_of_token.tolist()]
-        order = sorted(chosen, key=lambda row: (self._families[row], len(self.rows[row])))
+        # Equal lengths side by side share a call of the kernel; rows that begin alike, a part of the micro-batch.
+        order = sorted(chosen, key=self.rows.__getitem__ if self._shares else lambda row: len(self.rows[row]))
         parts: list[list[int]] = []
         size = 0
         for row in order:
@@ -95,63 +97,49 @@ class Batch:
             size += length
         return [self._microbatch(part, keep) for part in parts]
 
-    @cached_property
-    def _families(self) -> list[tuple[int, int]]:
-        """Per row: number of its family, tokens that all of it begin with; (0, 0) for rows on their own."""
-        families = [(0, 0)] * len(self.rows)
-        if self.device != "cpu" or any(self.images_of_row):  # a picture is read at each of its places
-            return families
-        begins: dict[tuple[int, ...], list[int]] = {}
-        for row, places in enumerate(self.tokens_of_row):
-            context = places[0][0]
-            if context >= WORTH_SHARING and len(self.rows[row]) - context <= LONGEST_REST:
-                begins.setdefault(tuple(self.rows[row][:context]), []).append(row)
-        shared = [(len(context), members) for context, members in begins.items() if len(members) > 1]
-        for number, (length, members) in enumerate(shared, 1):
-            for row in members:
-                families[row] = (number, length)
-        return families
+    @property
+    def _shares(self) -> bool:
+        """Whether what rows begin with alike is read once: on a CPU, and without pictures, which stand in rows."""
+        return self.device == "cpu" and not any(self.images_of_row)
 
     def _microbatch(self, rows: list[int], keep: list[bool] | None) -> MicroBatch:
         """Lays `rows` end to end; `keep` says which of the K action tokens are scored."""
+        own = [self.rows[row] for row in rows]
+        forest = share(own, WORTH_SHARING) if self._shares else apart(own)
+        starts = [0, *accumulate(stretch.stop - stretch.start for stretch in forest.stretches)]
         ids: list[int] = []
         positions: list[int] = []
-        predict_at: list[int] = []
-        target: list[int] = []
+        for stretch in forest.stretches:
+            ids += own[stretch.row][stretch.start : stretch.stop]
+            positions += range(stretch.start, stretch.stop)
+        distinct: dict[tuple[int, int], int] = {}
         tokens: list[int] = []
         slot: list[int] = []
-        layout: list[tuple[int, tuple[int, ...]]] = []
-        for (_, common), group in groupby(rows, key=self._families.__getitem__):
-            members = list(group)
-            shared, begin = common if len(members) > 1 else 0, len(ids)
-            ids += self.rows[members[0]][:shared]
-            positions += range(shared)
-            layout.append((shared, tuple(len(self.rows[row]) - shared for row in members)))
-            for row in members:
-                own = len(ids) - shared  # where its first token would stand, if it stood there itself
-                for column, owners in self.tokens_of_row[row]:
-                    if keep is not None:
-                        owners = [k for k in owners if keep[k]]
-                        if not owners:
-                            continue
-                    slot.extend([len(target)] * len(owners))
-                    tokens.extend(owners)
-                    predict_at.append((begin if column <= shared else own) + column - 1)
-                    target.append(self.rows[row][column])
-                ids += self.rows[row][shared:]
-                positions += range(shared, len(self.rows[row]))
+        for row, path in zip(rows, forest.paths, strict=True):
+            at, end, places = 0, 0, iter(path)  # token `column` of the row stands at `at + column`, below `end`
+            for column, owners in self.tokens_of_row[row]:
+                if keep is not None:
+                    owners = [k for k in owners if keep[k]]
+                    if not owners:
+                        continue
+                while column > end:
+                    place = next(places)
+                    at, end = starts[place] - forest.stretches[place].start, forest.stretches[place].stop
+                prediction = (at + column - 1, self.rows[row][column])
+                slot.extend([distinct.setdefault(prediction, len(distinct))] * len(owners))
+                tokens.extend(owners)
         to: dict[str, Any] = {"device": self.device}
         images = tuple(tuple(self.images_of_row[row]) for row in rows) if self.images_of_row else ()
-        whole = all(shared == 0 for shared, _ in layout)
+        whole = all(stretch.below == 0 for stretch in forest.stretches)
         return MicroBatch(
             images=images if any(images) else (),
             ids=torch.tensor(ids, **to),
             positions=torch.tensor(positions, **to),
-            plan=PackedSequences(tuple(n for _, rests in layout for n in rests))
+            plan=PackedSequences(tuple(stretch.stop - stretch.start for stretch in forest.stretches))
             if whole
-            else SharedBeginnings(tuple(layout)),
-            predict_at=torch.tensor(predict_at, dtype=torch.int64, **to),
-            target=torch.tensor(target, dtype=torch.int64, **to),
+            else TokenTree(tuple((stretch.stop - stretch.start, stretch.below) for stretch in forest.stretches)),
+            predict_at=torch.tensor([at for at, _ in distinct], dtype=torch.int64, **to),
+            target=torch.tensor([token for _, token in distinct], dtype=torch.int64, **to),
             tokens=torch.tensor(tokens, dtype=torch.int64),
             slot=torch.tensor(slot, dtype=torch.int64),
         )

@@ -5,17 +5,18 @@ library's own masks. With ``ragged=<plan>`` its input is one row of T tokens, th
 the plan says which token attends to which: `PackedSequences` here for scoring and training, the slot cache of
 `policies.transformers` for sampling. Every architecture that uses the attention interface works unchanged.
 
-On a CPU sequences of equal length are attended in one batched causal SDPA call; on a GPU in half precision the whole
-row goes through variable-length flash attention. Both are exact: a token never sees another sequence.
+On a CPU sequences of equal length are attended in one batched causal call, and what several begin with stands once
+(`agentrl.models.tree_attention`); on a GPU in half precision the whole row goes through variable-length flash
+attention. Both are exact: a token never sees another sequence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -24,13 +25,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from agentrl.errors import ModelError
+from agentrl.models.tree_attention import TokenTree, runs_of
 
 NAME = "agentrl"
 
-WORTH_SHARING = 128
-"""Tokens from which on a beginning that several sequences share is read once for all; shorter ones save little."""
-LONGEST_REST = 512
-"""Tokens that may follow such a beginning while training (`SharedBeginnings`)."""
+WORTH_SHARING = 32
+"""Tokens saved from which on it pays to read once what several sequences begin with."""
 
 
 class RaggedPlan(Protocol):
@@ -47,29 +47,19 @@ class RaggedPlan(Protocol):
 class PackedSequences:
     """Whole sequences from their first token, each attending to itself causally.
 
-    `lengths` are the sequences' lengths in row order. Runs of equal length share one SDPA call: sort by length first.
+    `lengths` are the sequences' lengths in row order. Runs of equal length share one call: sort by length first.
     """
 
     lengths: tuple[int, ...]
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Returns (first token, number of sequences, length) of each run of equal length."""
-        runs: list[tuple[int, int, int]] = []
-        start = 0
-        for length in self.lengths:
-            if runs and runs[-1][2] == length:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
-            else:
-                runs.append((start, 1, length))
-            start += length
-        return runs
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         if _varlen is not None and _is_half_on_gpu(query):
             return _varlen(query, key, value, _ends(self.lengths, query.device), max(self.lengths), scale)
-        runs, parts = self.runs(), []
+        if query.device.type == "cpu":
+            return self._tree.attend(layer, query, key, value, scale)
+        runs, parts = runs_of(self.lengths), []
         # Split, not sliced: the gradient of a slice is as large as the whole row.
         pieces = (x.split([count * length for _, count, length in runs]) for x in (query, key, value))
         for (_, count, length), *inputs in zip(runs, *pieces, strict=True):
@@ -77,59 +67,9 @@ class PackedSequences:
             parts.append(sdpa(q, k, v, scale, causal=True).transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-
-@dataclass(frozen=True)
-class SharedBeginnings:
-    """Sequences of which some begin alike: what a family of them shares stands once, before the rest of each.
-
-    `families`: per family the length of its beginning (0: none) and those of its members' rests, in row order. Equal
-    rests that stand together share one SDPA call.
-
-    For CPUs and rests of at most `LONGEST_REST` tokens, which are attended under a mask of rest x sequence: within this
-    length SDPA on a CPU gains nothing from knowing that attention is causal, and a micro-batch's masks stay small.
-    """
-
-    families: tuple[tuple[int, tuple[int, ...]], ...]
-    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """(shared, rest) -> (rest, shared + rest) what is added to the scores; made once for all layers."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        sizes = [n for shared, rests in self.families for n in (shared, sum(rests))]
-        pieces = list(zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True))
-        parts = []
-        for (shared, rests), beginning, own in zip(self.families, pieces[::2], pieces[1::2], strict=True):
-            if shared:
-                parts.append(PackedSequences((shared,)).attend(layer, *beginning, scale))
-                parts += self._after(shared, rests, beginning[1:], own, scale)
-            else:
-                parts.append(PackedSequences(rests).attend(layer, *own, scale))
-        return torch.cat(parts)
-
-    def _after(
-        self,
-        shared: int,
-        rests: tuple[int, ...],
-        beginning: Sequence[torch.Tensor],
-        own: Sequence[torch.Tensor],
-        scale: float,
-    ) -> list[torch.Tensor]:
-        """Attends the rests of a family to themselves and to what they share: `beginning` is its keys and values."""
-        runs, parts = PackedSequences(rests).runs(), []
-        split = (x.split([count * length for _, count, length in runs]) for x in own)
-        for (_, count, length), *inputs in zip(runs, *split, strict=True):
-            query, *stores = (x.unflatten(0, (count, length)) for x in inputs)
-            seen = [
-                torch.cat([first.expand(count, *first.shape), rest], dim=1)
-                for first, rest in zip(beginning, stores, strict=True)
-            ]
-            if (mask := self.masks.get((shared, length))) is None:
-                mask = query.new_full((length, shared + length), -torch.inf).triu_(shared + 1)
-                self.masks[shared, length] = mask
-            q, k, v = (x.transpose(1, 2) for x in (query, *seen))
-            parts.append(sdpa(q, k, v, scale, mask=mask).transpose(1, 2).flatten(0, 1))
-        return parts
+    @cached_property
+    def _tree(self) -> TokenTree:
+        return TokenTree.of(self.lengths)
 
 
 @lru_cache(maxsize=16)

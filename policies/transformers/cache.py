@@ -28,6 +28,11 @@ class SlotCache:
         """Number of layers."""
         return len(self._keys)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all keys and values."""
+        return sum(layer.nbytes for store in (self._keys, self._values) for layer in store if layer is not None)
+
     def reserve(self, slots: int, length: int) -> None:
         """Makes room for `slots` episodes of `length` tokens; what is cached stays."""
         if slots <= self.slots and length <= self.length:

@@ -23,6 +23,8 @@ from policies.transformers.sampler import Aborted, Sampler, to_action
 
 _trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 """Hands freed memory back (glibc): what the engine's thread has freed is of no use to the trainer's tensors."""
+WORTH_TRIMMING = 1 << 27
+"""Bytes of cache from which on that is done: the pages that go as well have to be asked for anew by the trainer."""
 
 
 class TransformersPolicy(ModelPolicy):
@@ -105,8 +107,9 @@ class TransformersPolicy(ModelPolicy):
         self._thread.submit(self._rest).result()
 
     def _rest(self) -> None:
+        freed = self.sampler.cache.nbytes
         self.sampler.forget()
-        if _trim_heap is not None:
+        if _trim_heap is not None and freed >= WORTH_TRIMMING:
             _trim_heap(0)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:

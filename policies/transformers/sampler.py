@@ -218,6 +218,7 @@ class _Draw:
         self.top_k = torch.tensor([s.top_k for s in sampling], device=device)
         self.top_p = torch.tensor([s.top_p for s in sampling], device=device)
         self.greedy = all(s.temperature == 0 for s in sampling)
+        self.plain = all(s.temperature == 1 for s in sampling)
         self.truncates = any(s.top_k > 0 or s.top_p < 1 for s in sampling)
 
     def __call__(self, logits: Tensor, rows: list[int], step: int) -> tuple[list[int], list[float]]:
@@ -226,8 +227,9 @@ class _Draw:
             return logits.argmax(-1).tolist(), [0.0] * len(rows)
         at = torch.tensor(rows, device=self.device)
         temperature = self.temperature[at, None]
-        greedy = temperature[:, 0] == 0
-        logp = torch.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature), dim=-1)
+        if not self.plain:
+            logits = logits / torch.where(temperature == 0, 1.0, temperature)
+        logp = torch.log_softmax(logits, dim=-1)
         if self.truncates:
             logp = truncate(logp, self.top_k[at], self.top_p[at])
         cdf = logp.double().exp().cumsum(-1)
@@ -235,8 +237,11 @@ class _Draw:
         target = torch.minimum(u * cdf[:, -1], cdf[:, -1].nextafter(cdf.new_zeros(())))
         # NaN logits end at the last token, with a NaN log-prob: whoever reads it says so.
         token = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
-        token = torch.where(greedy, logits.argmax(-1), token)
-        chosen = torch.where(greedy, 0.0, logp.gather(-1, token[:, None])[:, 0])
+        chosen = logp.gather(-1, token[:, None])[:, 0]
+        if not self.plain:
+            greedy = temperature[:, 0] == 0
+            token = torch.where(greedy, logits.argmax(-1), token)
+            chosen = torch.where(greedy, 0.0, chosen)
         return token.tolist(), chosen.tolist()
 
 

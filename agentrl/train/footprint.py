@@ -106,13 +106,13 @@ def layer_bytes(shape: Shape, rank: int, b: int) -> int:
     Counted with `torch.autograd.graph.saved_tensors_hooks` on ragged rows of Llama and Qwen3, exact in float32 and
     bfloat16, with and without adapters. A frozen norm keeps its input alone, in float32; a trained one also what it
     scales. Linear layers keep their inputs (autocast makes a copy for each, as the hidden state is float32), attention
-    queries, keys and values, its output, and that in row order; the MLP four products. Flash attention on a GPU orders
-    no rows: there this is too much by Q numbers.
+    queries, keys, values and its output (adapters under autocast cast a copy), and a number per head, left out here;
+    the MLP four products.
     """
     full = not rank
     two_norms = 2 * (4 + 4 * full) * shape.hidden + 8
     inputs = (5 if b == 2 else 2) * b * shape.hidden
-    attention = b * (3 * shape.heads_width + 2 * shape.kv_width)
+    attention = b * ((2 if full or b == 4 else 3) * shape.heads_width + 2 * shape.kv_width)
     head_norms = (4 + b * full) * (shape.heads_width + shape.kv_width) if shape.head_norms else 0
     return two_norms + inputs + attention + head_norms + 4 * b * shape.mlp + ADAPTERS * b * rank
 

@@ -366,6 +366,9 @@ def test_a_wrong_address_is_named_at_once(server, policy):
     [
         ({"url": "localhost:8000"}, "an address such as http"),
         ({"url": "http://me:pass@host/v1"}, "put the key into OPENAI_API_KEY"),
+        ({"url": "https://host/v1?api-key=pass@"}, "url='https://host/v1' goes on with a query.*OPENAI_API_KEY"),
+        ({"url": "ftp://host/v1?api-key=pass@"}, "an address such as http"),
+        ({"url": "https://host/v1#pass@"}, "query or a fragment"),
         ({"concurrency": 0}, "concurrency=0"),
         ({"deadline_s": 0}, "deadline_s=0"),
         ({"endpoint": "responses"}, "chat or completions"),
@@ -413,6 +416,30 @@ def test_a_key_quoted_in_a_fault_is_masked(server, policy, monkeypatch):
     server.reply = script((500, {"error": {"message": f"with {KEY}"}}))
     with pytest.raises(PolicyFailure, match=r"with \*\*\*"):
         act(policy(retries=0))
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [
+        lambda words: (500, {"error": {"message": words}}),
+        lambda words: (500, {"error": words}),
+        lambda words: (500, words.encode()),
+        lambda words: (308, b"", {"Location": words}),
+        lambda words: (200, completion() | {"choices": [], "more": words}),
+        lambda words: (200, completion(message=words)),
+        lambda words: (200, [words]),
+        lambda words: (200, completion() | {"usage": {"prompt_tokens": words}}),
+        lambda words: (200, completion() | {"usage": {"prompt_tokens": [words]}}),
+    ],
+)
+def test_no_part_of_a_key_is_shown_wherever_a_long_quotation_is_cut(server, policy, monkeypatch, quote):
+    key = "sk-" + "".join(f"{i:03}" for i in range(100, 116))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for before in range(80, 300, len(key) - 6):  # wherever the cut is, it falls into the key once
+        server.reply = script(quote("x" * before + key))
+        with pytest.raises((PolicyFailure, UserError)) as caught:
+            act(policy(retries=0))
+        assert not any(key[i : i + 6] in str(caught.value) for i in range(len(key) - 5))
 
 
 def test_requests_that_are_refused_say_why(server, policy):

@@ -161,6 +161,8 @@ class OpenAIPolicy(Policy):
         body |= {"prompt": _transcript(request.messages), "stop": [_STOP]}
         return await self.server.post("/completions", body | self.extra, self._read_text)
 
+    # Errors of reading quote all of what was read: `Server` masks the key and cuts afterwards.
+
     def _read_text(self, answer: Any) -> PolicyAction:
         choice = self._choice(answer)
         finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
@@ -169,7 +171,7 @@ class OpenAIPolicy(Policy):
         else:
             message = choice.get("message")
             if not isinstance(message, Mapping):
-                raise ValueError(f"a choice without message: {choice!r:.200}")
+                raise ValueError(f"a choice without message: {choice!r}")
             text = message.get("content")
             if text is None:  # thinking took all the tokens, or the model refused
                 text = message.get("refusal") or ("" if finish == "length" else None)
@@ -180,12 +182,15 @@ class OpenAIPolicy(Policy):
     def _choice(self, answer: Any) -> Mapping[str, Any]:
         """Counts what the answer cost and returns its first choice."""
         if not isinstance(answer, Mapping):
-            raise ValueError(f"{type(answer).__name__} {answer!r:.200} instead of an object")
-        self.usage.count(answer.get("usage"), self.usd_per_million)
+            raise ValueError(f"{type(answer).__name__} {answer!r} instead of an object")
+        try:
+            self.usage.count(answer.get("usage"), self.usd_per_million)
+        except ValueError as error:
+            raise ValueError(f"usage {answer['usage']!r} cannot be counted") from error
         match answer.get("choices"):
             case [Mapping() as choice, *_]:
                 return choice
-        raise ValueError(f"no choices in {answer!r:.200}")
+        raise ValueError(f"no choices in {answer!r}")
 
     async def _sample_ids(self, request: PolicyRequest, body: dict[str, Any]) -> PolicyAction:
         """Token in, token out."""
@@ -227,7 +232,7 @@ class OpenAIPolicy(Policy):
         if len(ids) != len(logprobs) or not all(isinstance(token, int) for token in ids):
             raise ValueError(f"{len(ids)} token ids with {len(logprobs)} log-probs")
         if not all(isinstance(logprob, float | int) for logprob in logprobs):
-            raise ValueError(f"log-probs that are no numbers: {logprobs!r:.200}")
+            raise ValueError(f"log-probs that are no numbers: {logprobs!r}")
         seen = choice.get("prompt_token_ids", request.context_ids)
         if seen is not None and seen != request.context_ids:
             raise UserError(

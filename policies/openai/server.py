@@ -8,6 +8,7 @@ variable or the model, so that a run ends at once instead of failing episode by 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -21,6 +22,8 @@ from agentrl.http import Usage, bearer_headers, bearer_key, check_url, heals, ma
 
 T = TypeVar("T")
 _NAMES_SHOWN = 20
+_SAID = 300
+"""Characters of a server's own words that an error shows."""
 _TOO_LONG = ("context length", "context_length", "maximum context", "too long", "too many tokens")
 
 
@@ -37,7 +40,7 @@ class Server:
         backoff_s: the longest first pause, in seconds; doubled each time.
 
     Raises:
-        UserError: no http(s) URL, or a number out of its range.
+        UserError: no http(s) URL, one that goes on after its path, or a number out of its range.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Server:
         retries: int,
         backoff_s: float,
     ) -> None:
-        self.url = check_url(url, key_env)
+        self.url = _base_url(url, key_env)
         if concurrency < 1 or timeout_s <= 0 or deadline_s <= 0 or retries < 0 or backoff_s < 0:
             raise UserError(
                 f"concurrency={concurrency}, timeout_s={timeout_s}, deadline_s={deadline_s}, retries={retries}, "
@@ -105,7 +108,7 @@ class Server:
             answer = await client.get(f"{self.url}/models", headers=bearer_headers(key))
         except httpx.RequestError as error:
             if not self.reached:
-                raise self._not_there(error) from error
+                raise self._not_there(error, key) from error
             return None
         self.reached = True
         if answer.status_code in (401, 403):
@@ -142,19 +145,19 @@ class Server:
                 continue
             except httpx.RequestError as error:
                 if isinstance(error, httpx.ConnectError) and not self.reached:
-                    raise self._not_there(error) from error
-                call.why = f"{type(error).__name__}: {error}"
+                    raise self._not_there(error, call.key) from error
+                call.why = f"{type(error).__name__}: {_quoted(error, call.key)}"
                 continue
             self.reached = True
             if not answer.is_success:
-                call.why = f"HTTP {answer.status_code}: {masked(_said(answer), call.key)}"
+                call.why = f"HTTP {answer.status_code}: {_said(answer, call.key)}"
                 if heals(answer.status_code) and "insufficient_quota" not in answer.text:
                     continue
                 raise await self._refused(answer, call)
             try:
                 return read(answer.json())
             except ValueError as error:  # json's errors are ValueErrors
-                call.why = masked(f"not an answer in OpenAI's protocol: {error!s:.300}", call.key)
+                call.why = f"not an answer in OpenAI's protocol: {_quoted(error, call.key)}"
         raise PolicyFailure(f"{self._who(call)}: no usable answer in {self.retries + 1} attempts{call.last}")
 
     async def _rest(self, call: _Call, seconds: float, limit: asyncio.Timeout) -> None:
@@ -175,7 +178,7 @@ class Server:
         if status in (404, 405):
             return await self._not_found(status, call)
         if answer.has_redirect_location:
-            where = masked(answer.headers["Location"], call.key)
+            where = _quoted(answer.headers["Location"], call.key)
             return UserError(f"the server at {self.url} sends on to {where!r}; give the address that it means as url")
         if status in (400, 413, 422) and any(words in answer.text.lower() for words in _TOO_LONG):
             return PolicyFailure(
@@ -196,10 +199,10 @@ class Server:
             return UserError(f"{self._who(call)}: the server has no {call.path}{call.last}; try endpoint={other}")
         return unknown_model(call.model, names, self.url)
 
-    def _not_there(self, error: httpx.RequestError) -> UserError:
+    def _not_there(self, error: httpx.RequestError, key: str) -> UserError:
         return UserError(
-            f"nobody answers at {self.url} ({type(error).__name__}: {error}); is the server running, and is this its "
-            "address (url=http://HOST:PORT/v1)?"
+            f"nobody answers at {self.url} ({type(error).__name__}: {_quoted(error, key)}); is the server running, and "
+            "is this its address (url=http://HOST:PORT/v1)?"
         )
 
     def _key_refused(self, status: int, key: str) -> UserError:
@@ -234,7 +237,29 @@ class _Call:
         return f"; the last: {self.why}" if self.why else ""
 
 
-def _said(answer: httpx.Response) -> str:
+def _base_url(url: str, key_env: str) -> str:
+    """Returns `url` without a slash at its end.
+
+    Raises:
+        UserError: as `check_url`; and where a query or a fragment follows. Paths are put behind the address, and some
+            servers want keys there, which must not be shown.
+    """
+    bare, *rest = re.split("[?#]", url, maxsplit=1) if isinstance(url, str) else [url]
+    address = check_url(bare, key_env)
+    if rest:
+        raise UserError(
+            f"url={address!r} goes on with a query or a fragment (not shown: it may hold a key); give the address "
+            f"alone and put the key into {key_env}; further fields of each request go into extra"
+        )
+    return address
+
+
+def _quoted(words: object, key: str) -> str:
+    """Returns what a server said, for an error: masked while it is whole, as half a key would not be found."""
+    return masked(str(words), key)[:_SAID]
+
+
+def _said(answer: httpx.Response, key: str) -> str:
     """Returns the server's own words about an error."""
     try:
         said = answer.json()
@@ -242,7 +267,7 @@ def _said(answer: httpx.Response) -> str:
         message = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.text
-    return str(message).strip()[:300] or answer.reason_phrase
+    return _quoted(str(message).strip() or answer.reason_phrase, key)
 
 
 class LoopThread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,31 @@ def test_replay_of_pictures_and_broken_files(tmp_path: Path, episodes: list[Traj
     assert "is a folder" in run("replay", tmp_path).output
 
 
+@pytest.mark.parametrize("arguments", [[], ["--list"], ["--id", "nobody"]])
+def test_replay_shows_control_characters_and_obeys_none(tmp_path: Path, arguments: list[str]) -> None:
+    evil = "\x1b[2J\x1b]0;title\x07\x9b31m\x7f\r"
+    one = trajectory(f"id{evil}", [0.0], success=False, stop_reason=StopReason.POLICY_ERROR, error=f"error{evil}")
+    one.turns[0].observation, one.turns[0].action = f"seen\t{evil}", f"said{evil}\ud83d"
+    one.instructions = one.env = one.policy = evil
+    one.task["kwargs"] = {"name": evil}
+    one.final_observation = [ImagePart(path=f"p{evil}", alt=f"alt{evil}"), TextPart(text=f"last{evil}")]
+    write_jsonl(tmp_path / "evil.jsonl", [one])
+    result = run("replay", tmp_path / "evil.jsonl", *arguments)
+    assert "\\x1b[2J\\x1b]0;title\\x07" in result.output
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.output)
+
+
+def test_the_words_about_a_broken_line_are_harmless_too(tmp_path: Path) -> None:
+    line = json.loads(trajectory("one", [0.0], success=False).model_dump_json())
+    line["task"] = {"options": {}}
+    line["turns"][0]["timings"] = {"\x1b[2J": "no number"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(line) + "\n")
+    for option in ([], ["--skip-broken"]):
+        output = run("replay", tmp_path / "odd.jsonl", *option).output
+        assert "\\x1b[2J" in output
+        assert "\x1b" not in output
+
+
 def test_rescoring_applies_a_rule_and_leaves_failures_and_originals_alone(episodes: list[Trajectory]) -> None:
     found = rescore(episodes, rule_of(OutcomeConfig(rule="return", success_above=0.5)))
     assert [(one.outcome, one.success) for one in found] == [(0.75, True), (1.0, True), (0.0, False)]
@@ -180,6 +206,32 @@ def test_rescore_writes_trajectories_and_credit(file: Path, tmp_path: Path) -> N
     lines = [json.loads(line) for line in (tmp_path / "again" / "credit" / "episodes.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["lost", "won"]
     assert lines[1]["episode"] == pytest.approx([0.25, 0.25])
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_rescore_never_writes_over_what_it_reads(tmp_path: Path, episodes: list[Trajectory], linked: bool) -> None:
+    stored = tmp_path / "run" / "trajectories" / "episodes.jsonl"
+    write_jsonl(stored, episodes)
+    other = tmp_path / "other.jsonl"
+    write_jsonl(other, episodes)
+    out = tmp_path / "run"
+    if linked:
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "run")
+    before = stored.read_bytes()
+    result = run("rescore", other, stored, "--rule", "return", "--credit", "rloo", "--out", out)
+    assert result.exit_code == 2
+    assert "which is read; choose another folder" in " ".join(result.output.split())
+    assert stored.read_bytes() == before
+    assert [file.name for file in (tmp_path / "run").rglob("*.jsonl")] == ["episodes.jsonl"]
+
+
+def test_rescore_of_files_that_share_ids_tells_their_episodes_apart(tmp_path: Path) -> None:
+    for name, wins in (("a", (True, False)), ("b", (False, True))):
+        write_jsonl(tmp_path / f"{name}.jsonl", [trajectory(str(n), [0.0], success=won) for n, won in enumerate(wins)])
+    output = run("rescore", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--credit", "rloo").output
+    assert re.search(r"successes\W+2\W+\+1\.0000", output), output
+    assert re.search(r"failures\W+2\W+-1\.0000", output), output
 
 
 @pytest.mark.parametrize(

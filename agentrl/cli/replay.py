@@ -30,6 +30,18 @@ def add_commands(app: typer.Typer) -> None:
     app.command("rescore")(rescore)
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Returns `text` with control characters and halves of surrogate pairs written out (``\\x1b``).
+
+    What an agent or an environment said must not move the cursor, name the window or fill the clipboard. New lines and
+    tabs stay.
+    """
+    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
+
+
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Go on behind lines that cannot be read.")]
 
 
@@ -84,9 +96,12 @@ def read(file: Path, skip_broken: bool) -> list[Trajectory]:
         raise DataError(f"{file} is a folder; give a trajectory file{hint}")
 
     def skipped(error: DataError) -> None:
-        errors.print(Text(f"skipped {error}", style="yellow"), soft_wrap=True)
+        errors.print(_text(f"skipped {error}", "yellow"), soft_wrap=True)
 
-    episodes = read_jsonl(file, on_error="skip" if skip_broken else "raise", on_skip=skipped)
+    try:
+        episodes = read_jsonl(file, on_error="skip" if skip_broken else "raise", on_skip=skipped)
+    except DataError as error:
+        raise DataError(visible(str(error))) from None
     if not episodes:
         raise DataError(f"{file} holds no trajectory")
     return episodes
@@ -104,7 +119,7 @@ def choose(episodes: Sequence[Trajectory], id: str | None, index: int | None, ou
         for place, one in enumerate(episodes):
             if one.id == id:
                 return place
-        known = ", ".join(one.id for one in episodes[:5]) + (", ..." if len(episodes) > 5 else "")
+        known = ", ".join(visible(one.id) for one in episodes[:5]) + (", ..." if len(episodes) > 5 else "")
         raise UserError(
             f"no trajectory with the id {id!r} among {len(episodes)}; there are: {known} (--list shows all)"
         )
@@ -120,6 +135,10 @@ def choose(episodes: Sequence[Trajectory], id: str | None, index: int | None, ou
     return 0
 
 
+def _text(said: str, style: str = "") -> Text:
+    return Text(visible(said), style=style)
+
+
 def _ended(one: Trajectory) -> Wanted:
     if not one.scorable:
         return "unscorable"
@@ -132,17 +151,19 @@ def _listing(episodes: Sequence[Trajectory]) -> Table:
         result.add_column(column, overflow="fold", justify="right" if column in ("N", "turns", "outcome") else "left")
     for number, one in enumerate(episodes):
         yes = shown(one.success) if one.scorable else "-"
-        result.add_row(str(number), Text(one.id), str(len(one.turns)), f"{one.outcome:.4g}", yes, one.stop_reason.value)
+        result.add_row(
+            str(number), _text(one.id), str(len(one.turns)), f"{one.outcome:.4g}", yes, one.stop_reason.value
+        )
     return result
 
 
 def _heading(one: Trajectory, place: int, count: int) -> Group:
     who = f"{one.policy or 'policy'} in {one.env}, seed {one.seed}"
-    parts: list[Any] = [Rule(Text(f"{one.id} ({place + 1} of {count})", style="bold")), Text(who, style="dim")]
+    parts: list[Any] = [Rule(_text(f"{one.id} ({place + 1} of {count})", "bold")), _text(who, "dim")]
     if arguments := {**one.task.get("kwargs", {}), **one.task.get("options", {})}:
-        parts.append(Text(shown(arguments), style="dim"))
+        parts.append(_text(shown(arguments), "dim"))
     if one.instructions:
-        parts.append(Panel(Text(one.instructions), title="instructions", title_align="left", border_style="dim"))
+        parts.append(Panel(_text(one.instructions), title="instructions", title_align="left", border_style="dim"))
     return Group(*parts)
 
 
@@ -154,8 +175,8 @@ def _turn(number: int, turn: Turn) -> Group:
         facts.append(f"{len(turn.action_ids)} tokens, log-prob {sum(turn.action_logprobs):.2f} nats")
     return Group(
         Rule(f"turn {number}", align="left", style="dim"),
-        Text(_words(turn.observation)),
-        Text("> " + turn.action, style="bold cyan"),
+        _text(_words(turn.observation)),
+        _text("> " + turn.action, "bold cyan"),
         Text("  ".join(facts), style="dim"),
     )
 
@@ -163,12 +184,12 @@ def _turn(number: int, turn: Turn) -> Group:
 def _ending(one: Trajectory) -> Group:
     parts: list[Any] = [Rule("end", align="left", style="dim")]
     if one.final_observation is not None:
-        parts.append(Text(_words(one.final_observation)))
+        parts.append(_text(_words(one.final_observation)))
     colour = {"success": "green", "failure": "red", "unscorable": "yellow"}[_ended(one)]
     said = f"{_ended(one)}: outcome {one.outcome:.4g} after {len(one.turns)} turns, stopped by {one.stop_reason.value}"
     parts.append(Text(said, style=f"bold {colour}"))
     if one.error:
-        parts.append(Text(one.error, style=colour))
+        parts.append(_text(one.error, colour))
     return Group(*parts)
 
 
@@ -226,6 +247,8 @@ def rescore(
         raise UserError("nothing to do: give --rule, --function, --truncated or --credit")
     if len({file.name for file in files}) < len(files) and out is not None:
         raise UserError("two files have the same name, and would be one in --out; rescore them one by one")
+    if out is not None:
+        _spare(files, out)
     judge = None
     if function is not None:
         judge = load_rule(function)
@@ -234,19 +257,33 @@ def rescore(
     options = assignments(credit_arg, "--credit-arg")
     before: list[Trajectory] = []
     after: list[Trajectory] = []
-    lines: list[dict[str, Any]] = []
+    credited: list[tuple[bool, dict[str, Any]]] = []
     for file in files:
         episodes = read(file, skip_broken)
         scored = score_again(episodes, judge) if judge is not None else episodes
         found = credit_of(scored, credit, options, prm_url=prm_url) if credit is not None else None
         if out is not None:
             _keep(out, file.name, scored, found)
-        before, after, lines = before + episodes, after + scored, lines + (found or [])
+        before, after = before + episodes, after + scored
+        won = {one.id: one.success for one in scored}  # ids say which episode within one file alone
+        credited += [(won[line["id"]], line) for line in found or ()]
     console.print(_changed(before, after))
     if credit is not None:
-        console.print(_credited(credit, after, lines))
+        console.print(_credited(credit, credited))
     if out is not None:
         console.print(f"written to {out}", soft_wrap=True)
+
+
+def _spare(files: Sequence[Path], out: Path) -> None:
+    """Refuses to write over what is read: the stored outcomes would be gone.
+
+    Raises:
+        UserError: a file of `out` is one of `files`, under whatever name.
+    """
+    for target in (out / folder / file.name for file in files for folder in ("trajectories", "credit")):
+        for file in files:
+            if target.exists() and file.exists() and target.samefile(file):
+                raise UserError(f"--out {out} would write over {file}, which is read; choose another folder")
 
 
 def _keep(out: Path, name: str, episodes: Sequence[Trajectory], credit: Sequence[dict[str, Any]] | None) -> None:
@@ -279,14 +316,13 @@ def _changed(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> Table
     return result
 
 
-def _credited(method: str, episodes: Sequence[Trajectory], lines: Sequence[dict[str, Any]]) -> Table:
-    """Mean advantage of the turns of successes and failures, by term."""
-    won = {one.id: one.success for one in episodes}
+def _credited(method: str, episodes: Sequence[tuple[bool, dict[str, Any]]]) -> Table:
+    """Mean advantage of the turns of successes and failures, by term; `episodes` holds (success, credit)."""
     result = Table(title=f"Credit by {method}, mean of turns", title_justify="left", title_style="bold")
     for column in ("", "turns", "episode", "step"):
         result.add_column(column, justify="right" if column else "left")
     for name, success in (("successes", True), ("failures", False)):
-        chosen = [line for line in lines if won[line["id"]] is success]
+        chosen = [line for won, line in episodes if won is success]
         values = {term: [value for line in chosen for value in line[term]] for term in ("episode", "step")}
         count = len(values["episode"])
         means = [f"{sum(values[term]) / count:+.4f}" if count else "-" for term in ("episode", "step")]

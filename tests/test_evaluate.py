@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -24,6 +25,7 @@ from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, DataError, InfrastructureError, UserError
 from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, evaluate, wilson
+from agentrl.evaluate.functions import function_hash
 from agentrl.evaluate.texts import environment_texts
 from agentrl.policy import FunctionPolicy, PolicyRequest
 from agentrl.rollout import Summary
@@ -342,6 +344,80 @@ def test_a_folder_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a" / "settings.json").write_text("{")
     with pytest.raises(DataError, match=r"cannot read .*settings\.json"):
         evaluate(echo, "Guess-v0", episodes=4, out=tmp_path / "a")
+
+
+def test_a_folder_of_another_function_is_refused_whatever_it_is_called(tmp_path: Path) -> None:
+    def skilled(skill: float) -> Any:
+        def play(observation: Content) -> str:
+            return str(observation) if skill > 0.5 else "42"
+
+        return play
+
+    first, second = (lambda text: str(text)), (lambda text: "42")
+    pairs = {"lambda": (first, second), "closure": (skilled(0.9), skilled(0.1))}
+    for name, (one, other) in pairs.items():
+        options: dict[str, Any] = {"episodes": 4, "out": tmp_path / name}
+        evaluate(one, "Guess-v0", **options)
+        with pytest.raises(UserError, match=r"episodes of another function than this .*choose another folder"):
+            evaluate(other, "Guess-v0", **options)
+        again: list[Trajectory] = []
+        evaluate(one, "Guess-v0", **options, on_episode=again.append)
+        assert again == [], "the same function is completed"
+
+
+EDITED = {
+    "itself": "def play(text): return str(text)",
+    "a constant": "def play(text): return str(text)[:2]",
+    "a default": "def play(text, size=1): return str(text)[:size]",
+    "another default": "def play(text, size=2): return str(text)[:size]",
+    "a keyword's default": "def play(text, *, size=2): return str(text)[:size]",
+    "a name": "def play(text): return repr(text)",
+    "an inner function": "def play(text): return (lambda t: t + '!')(str(text))",
+    "another inner function": "def play(text): return (lambda t: t + '?')(str(text))",
+    "a global": "SIZE = 1\ndef play(text): return str(text)[:SIZE]",
+    "another global": "SIZE = 2\ndef play(text): return str(text)[:SIZE]",
+    "a helper": "def cut(t): return t[:1]\ndef play(text): return cut(str(text))",
+    "another helper": "def cut(t): return t[:2]\ndef play(text): return cut(str(text))",
+    "a method": "class A:\n  def __init__(s): s.n = 1\n  def act(s, text): return str(text)[s.n]\nplay = A().act",
+    "another self": "class A:\n  def __init__(s): s.n = 2\n  def act(s, text): return str(text)[s.n]\nplay = A().act",
+    "an object": "class A:\n  def __call__(s, text): return str(text)\nplay = A()",
+    "another object": "class A:\n  def __call__(s, text): return 'x'\nplay = A()",
+    "a part": "from functools import partial\nplay = partial(lambda n, text: n, 1)",
+    "another part": "from functools import partial\nplay = partial(lambda n, text: n, 2)",
+    "a set": "def play(text): return text in {'a', 'b', 'c', 'd', 'e', 'f'}",
+    "itself twice": "def play(text): return play(text[1:]) if text else ''",
+    "a closure's object": "def make(o):\n  def play(text): return str(o)\n  return play\nplay = make(object())",
+}
+HASHED = """
+import json, sys
+from agentrl.evaluate.functions import function_hash
+found = {}
+for name, source in json.load(sys.stdin).items():
+    space = {"__name__": "mine"}
+    exec(source, space)
+    found[name] = function_hash(space["play"])
+print(json.dumps(found))
+"""
+
+
+def test_a_function_is_told_by_what_it_does_in_every_process_alike() -> None:
+    tables = []
+    for salt in ("1", "2"):  # sets come in another order, objects lie at other addresses
+        done = subprocess.run(
+            [sys.executable, "-c", HASHED],
+            input=json.dumps(EDITED),
+            env={**os.environ, "PYTHONHASHSEED": salt},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        tables.append(json.loads(done.stdout))
+    assert tables[0] == tables[1]
+    assert len(set(tables[0].values())) == len(EDITED)
+    before = function_hash(echo)
+    for _ in range(1000):  # Python rewrites what runs often
+        echo("1")
+    assert function_hash(echo) == before
 
 
 KILLED = """

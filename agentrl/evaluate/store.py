@@ -23,6 +23,7 @@ from agentrl.buffer.jsonl import append_line
 from agentrl.config import dotted
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import DataError, UserError
+from agentrl.evaluate.functions import function_hash, function_of
 from agentrl.evaluate.result import EvalReport
 from agentrl.files import atomic_write, check_writable
 from agentrl.policy import ModelPolicy, Policy, Sampling
@@ -46,11 +47,16 @@ def identity(
 ) -> dict[str, Any]:
     """Returns the settings that decide what is played: an evaluation with others is another evaluation.
 
-    How it is played (concurrency, executor, deadlines, retries) is left out: it does not change the episodes.
+    A function is told by its code and the values that it uses. How it is played (concurrency, executor, deadlines,
+    retries) is left out: it does not change the episodes.
     """
     who: dict[str, Any] = {"name": policy.name, "options": dict(policy_options or {})}
     if isinstance(policy, ModelPolicy):
         who["weights"] = policy.fingerprint()
+    elif (function := function_of(policy)) is not None:
+        who["function"] = function_hash(
+            function
+        )  # two functions may have one name: two lambdas, or one that was edited
     return {
         "policy": who,
         "environments": [one.model_dump(mode="json") for one in envs],
@@ -68,12 +74,31 @@ def identity(
     }
 
 
+class OtherEvaluation(UserError):
+    """A folder holds something else than the evaluation that is to be completed in it."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns what a ``settings.json`` holds.
+
+    Raises:
+        DataError: it cannot be read, or holds no settings of an evaluation.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; choose another folder") from None
+    if not isinstance(found, dict) or not {"policy", "environments", "outcome"} <= found.keys():
+        raise DataError(f"cannot read {path}: no settings of an evaluation; choose another folder")
+    return found
+
+
 class EvalStore:
     """The folder `folder` of the evaluation that `settings` (`identity`) define.
 
     Raises:
-        UserError: it was made with other settings (names the first that differs), holds something else, or cannot be
-            written.
+        OtherEvaluation: it was made with other settings (names the first that differs), or holds something else.
+        UserError: it cannot be written.
         DataError: its settings cannot be read.
     """
 
@@ -86,23 +111,27 @@ class EvalStore:
         if path.exists():
             self._check(path)
         elif any(self.folder.iterdir()):
-            raise UserError(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
+            raise OtherEvaluation(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
         else:
             _write_json(path, self._settings)
 
     def _check(self, path: Path) -> None:
-        try:
-            stored = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}; choose another folder") from None
-        ours, theirs = dotted(self._settings, lists=True), dotted(stored, lists=True)
+        ours, theirs = dotted(self._settings, lists=True), dotted(read_settings(path), lists=True)
         for key in [*ours, *(key for key in theirs if key not in ours)]:
-            if key not in theirs or key not in ours or ours[key] != theirs[key]:
-                raise UserError(
-                    f"{str(self.folder)!r} holds an evaluation with {key}={theirs.get(key, 'not set')!r}, now "
-                    f"{key}={ours.get(key, 'not set')!r}; give it the same settings to complete it, or choose another "
-                    "folder"
+            if key in theirs and key in ours and ours[key] == theirs[key]:
+                continue
+            if key == "policy.function":
+                name = self._settings["policy"]["name"]
+                raise OtherEvaluation(
+                    f"{str(self.folder)!r} holds episodes of another function than this {name!r}: its code, its "
+                    "defaults or the values that it uses are not the same (or Python's version is not); choose another "
+                    "folder to evaluate this one"
                 )
+            raise OtherEvaluation(
+                f"{str(self.folder)!r} holds an evaluation with {key}={theirs.get(key, 'not set')!r}, now "
+                f"{key}={ours.get(key, 'not set')!r}; give it the same settings to complete it, or choose another "
+                "folder"
+            )
 
     def path(self, place: int, env_id: str) -> Path:
         """Returns the file of the environment at `place`."""

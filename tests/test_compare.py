@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 from typer.testing import CliRunner
 
@@ -63,6 +64,67 @@ def test_other_environments_and_arguments_are_refused_by_name() -> None:
         compare(episodes({1: [1.0]}, size=6), episodes({1: [1.0]}, size=8))
     with pytest.raises(UserError, match=r"no task in common \(seeds 1\.\.2 and 5\.\.5\)"):
         compare(episodes({1: [1.0], 2: [1.0]}), episodes({5: [1.0]}))
+
+
+def evaluation(folder: Path, outcomes: dict[int, list[float]], **settings: Any) -> Path:
+    """A folder as `evaluate` leaves it."""
+    env = {"id": "Toy-v0", "kwargs": {}, "eval_kwargs": {}, "max_turns": None, "wrappers": [], "instructions": None}
+    whole = {
+        "policy": {"name": "x", "options": {}},
+        "environments": [env | settings.pop("env", {})],
+        "rollout": {"history": "full", "max_context_tokens": 2048},
+        "outcome": {"rule": "success", "success_above": None, "truncated": "scored"},
+    } | settings
+    write_jsonl(folder / "trajectories" / "0-Toy-v0.jsonl", episodes(outcomes))
+    (folder / "settings.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"env": {"max_turns": 5}}, "Toy-v0: max_turns: not set of A, 5 of B"),
+        ({"env": {"instructions": "Hurry."}}, "Toy-v0: instructions: not set of A, 'Hurry.' of B"),
+        ({"env": {"wrappers": [{"name": "w"}]}}, r"Toy-v0: wrappers: \[\] of A, \[\{'name': 'w'\}\] of B"),
+        ({"outcome": {"rule": "return"}}, "outcome.rule: 'success' of A, 'return' of B"),
+    ],
+)
+def test_other_rules_are_refused_by_name_and_compared_only_when_asked(
+    tmp_path: Path, other: dict[str, Any], says: str
+) -> None:
+    a = evaluation(tmp_path / "a", {1: [1.0], 2: [1.0]})
+    b = evaluation(tmp_path / "b", {1: [0.0], 2: [1.0]}, **other)
+    for left, right in ((a, b), (a / "trajectories" / "0-Toy-v0.jsonl", b)):
+        with pytest.raises(UserError, match=f"not played under the same rules: {says}; .*--anyway"):
+            compare(left, right)
+    found = compare(a, b, anyway=True)
+    assert len(found.differences) == 1
+    result = CliRunner().invoke(app, ["compare", str(a), str(b), "--anyway"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert f"Not only the policies differ: {found.differences[0]}." in result.output
+    assert compare(a, evaluation(tmp_path / "c", {1: [0.0], 2: [1.0]})).differences == []
+
+
+def test_what_a_model_sees_may_differ_and_is_told(tmp_path: Path) -> None:
+    a = evaluation(tmp_path / "a", {1: [1.0]})
+    b = evaluation(tmp_path / "b", {1: [1.0]}, rollout={"history": "window(2)", "max_context_tokens": 2048})
+    assert compare(a, b).differences == ["rollout.history: 'full' of A, 'window(2)' of B"]
+    (b / "settings.json").write_text("[]")
+    with pytest.raises(DataError, match=r"settings\.json: no settings of an evaluation"):
+        compare(a, b)
+
+
+def test_a_turn_limit_that_is_the_registered_one_is_no_other_limit(tmp_path: Path) -> None:
+    def run(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+
+    common = ("eval", "Lock-v0", "--policy", "lock-solver", "--episodes", 8)
+    limit = gym.spec("Lock-v0").max_episode_steps
+    for name, options in (("own", ()), ("same", ("--max-turns", limit)), ("short", ("--max-turns", 5))):
+        assert run(*common, *options, "--out", tmp_path / name).exit_code == 0
+    assert run("compare", tmp_path / "own", tmp_path / "same").exit_code == 0
+    refused = run("compare", tmp_path / "short", tmp_path / "own")
+    assert (refused.exit_code, f"max_turns: 5 of A, {limit} of B" in refused.output) == (2, True)
 
 
 def test_damaged_and_empty_files_are_named(tmp_path: Path) -> None:

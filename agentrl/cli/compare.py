@@ -31,13 +31,17 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder of an evaluation, or a trajectory file.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Likewise: is this one better?")],
     env: Annotated[str | None, typer.Option(metavar="ID", help="Compare in this environment alone.")] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Also under other turn limits, instructions or outcome rules.")
+    ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the comparison to this file.")
     ] = None,
 ) -> None:
     """Tell whether B is better than A, task by task.
 
-    Both must have played the same environments with the same arguments; tasks are paired by seed.
+    Both must have played the same environments with the same arguments and under the same rules; tasks are paired by
+    seed.
 
     Example:  [b]agentrl compare runs/eval-base runs/eval-trained[/b]
     """
@@ -45,7 +49,7 @@ def compare(
 
     if json is not None:
         check_output(json)
-    found = measure(a, b, env=env)
+    found = measure(a, b, env=env, anyway=anyway)
     if json is not None:
         _write(found, json)
     console.print(_compared(found))
@@ -82,6 +86,8 @@ def verdict(found: Comparison) -> list[str]:
     else:
         lines = [f"No difference in success could be shown (p = {one.p:.3g})."]
     lines.append(f"A: {found.a}, {found.episodes_a:,} episodes. B: {found.b}, {found.episodes_b:,} episodes.")
+    if found.differences:
+        lines.append(f"Not only the policies differ: {'; '.join(found.differences)}.")
     if found.only_a or found.only_b:
         lines.append(f"Left out, as only one side played them: {found.only_a:,} tasks of A, {found.only_b:,} of B.")
     if found.failures_a or found.failures_b:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel
+import gymnasium as gym
+from pydantic import BaseModel, Field
 
 from agentrl.buffer import read_jsonl
+from agentrl.config import dotted
+from agentrl.config.schema import EnvConfig, OutcomeConfig
+from agentrl.envs.registry import load_plugins
 from agentrl.errors import DataError, UserError
 from agentrl.evaluate.stats import Interval, bootstrap_mean, sign_flip_p
-from agentrl.evaluate.store import EPISODES
+from agentrl.evaluate.store import EPISODES, SETTINGS, read_settings
 from agentrl.types import Trajectory
+
+_RULES = ("max_turns", "wrappers", "instructions")
+"""Settings of an environment that decide how its tasks are played; its arguments are in the episodes themselves."""
 
 
 class Difference(BaseModel):
@@ -51,6 +58,9 @@ class Comparison(BaseModel):
     failures_b: int
     success: Difference
     outcome: Difference
+    differences: list[str] = Field(default_factory=list)
+    """Settings that the two evaluations do not share, policies apart; known where both folders have ``settings.json``.
+    Those of the environment and the outcome rule are here only where they were compared `anyway`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class _Side:
     success: dict[_Task, list[float]]
     outcome: dict[_Task, list[float]]
     failures: int
+    settings: Mapping[str, Any] | None = None
+    """``settings.json`` of its folder, where it has one."""
 
     @property
     def environments(self) -> set[tuple[str, str]]:
@@ -98,6 +110,7 @@ def compare(
     *,
     env: str | None = None,
     seed: int = 0,
+    anyway: bool = False,
 ) -> Comparison:
     """Returns how much better B is than A on the tasks that both played, with interval and p-value.
 
@@ -109,13 +122,22 @@ def compare(
         b: likewise.
         env: compare in this environment alone.
         seed: of the resampling.
+        anyway: compare what was played under other turn limits, wrappers, instructions or outcome rules, and list those
+            (`Comparison.differences`).
 
     Raises:
-        UserError: other environments or arguments on the two sides (names them), or no task in common.
-        DataError: as `load_episodes`.
+        UserError: other environments, arguments or rules on the two sides (names them), or no task in common. Rules
+            (turn limit, wrappers, instructions, outcome) are known where both sides are of an evaluation's folder.
+        DataError: as `load_episodes`, or settings that cannot be read.
     """
     left, right = _side(a, "A", env), _side(b, "B", env)
     _check_same(left, right)
+    differences = _other_rules(left, right)
+    if differences and not anyway:
+        raise UserError(
+            f"{left.name} and {right.name} were not played under the same rules: {differences[0]}; evaluate both with "
+            "the same (--anyway compares them as they are)"
+        )
     tasks = [task for task in left.success if task in right.success]
     if not tasks:
         raise UserError(
@@ -135,6 +157,7 @@ def compare(
         failures_b=right.failures,
         success=paired([fmean(left.success[t]) for t in tasks], [fmean(right.success[t]) for t in tasks], seed=seed),
         outcome=paired([fmean(left.outcome[t]) for t in tasks], [fmean(right.outcome[t]) for t in tasks], seed=seed),
+        differences=differences + _other_play(left, right),
     )
 
 
@@ -153,7 +176,8 @@ def _side(source: Any, name: str, env: str | None) -> _Side:
         episodes = [one for one in episodes if one.env == env]
         if not episodes:
             raise UserError(f"{name} has no episode of {env!r}; it has: {', '.join(known)}")
-    side = _Side(str(source) if from_file else name, defaultdict(list), defaultdict(list), 0)
+    settings = _settings(Path(source)) if from_file else None
+    side = _Side(str(source) if from_file else name, defaultdict(list), defaultdict(list), 0, settings)
     for one in episodes:
         if not one.scorable:
             side.failures += 1
@@ -183,6 +207,55 @@ def _check_same(left: _Side, right: _Side) -> None:
         f"{env}: {left.name} and {right.name} were played with other arguments ({_shown(ours)} and {_shown(theirs)}); "
         "evaluate both with the same"
     )
+
+
+def _settings(source: Path) -> dict[str, Any] | None:
+    """Returns the settings of the evaluation that `source` is, or is a trajectory file of; None where it is neither."""
+    folder = source if source.is_dir() else source.parent.parent
+    inside = source.is_dir() or source.parent.name == EPISODES
+    return read_settings(folder / SETTINGS) if inside and (folder / SETTINGS).exists() else None
+
+
+def _other_rules(left: _Side, right: _Side) -> list[str]:
+    """Returns which rules of the environments and of the outcome differ: the values of A and of B."""
+    if left.settings is None or right.settings is None:
+        return []
+    settings = left.settings, right.settings
+    found = []
+    for env in sorted({task.env for task in left.success}):
+        # One environment may stand there several times, with other arguments; `_check_same` has seen that both have it.
+        ours, theirs = ([one for one in side["environments"] if one["id"] == env] for side in settings)
+        for mine, other in zip(ours, theirs, strict=False):
+            rules = {key: (_rule(mine, key), _rule(other, key)) for key in _RULES}
+            found += [f"{env}: {_values(key, a, b)}" for key, (a, b) in rules.items() if a != b]
+    before, after = (OutcomeConfig().model_dump(mode="json") | side["outcome"] for side in settings)
+    return found + [_values(f"outcome.{key}", before[key], after[key]) for key in before if before[key] != after[key]]
+
+
+def _other_play(left: _Side, right: _Side) -> list[str]:
+    """Returns which settings differ that are the players' own affair: what a model sees, and how it is sampled from."""
+    if left.settings is None or right.settings is None:
+        return []
+    ours, theirs = (
+        dotted({key: settings.get(key, {}) for key in ("rollout", "sampling")})
+        for settings in (left.settings, right.settings)
+    )
+    return [_values(key, ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]]
+
+
+def _rule(env: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting of an environment; a turn limit that is not set is the registered one, where that is known."""
+    value = env.get(key, EnvConfig.model_fields[key].get_default(call_default_factory=True))
+    if key == "max_turns" and value is None:
+        load_plugins()
+        spec = gym.registry.get(env["id"])
+        return spec.max_episode_steps if spec is not None else None
+    return value
+
+
+def _values(key: str, ours: Any, theirs: Any) -> str:
+    a, b = ("not set" if value is None else repr(value) for value in (ours, theirs))
+    return f"{key}: {a} of A, {b} of B"
 
 
 def _shown(arguments: str) -> str:

@@ -69,5 +69,18 @@ vllm-test: $(VLLM)/installed  ## vLLM on this CPU, in an environment of its own 
 		$(VLLM)/bin/python -m pytest -vv -p no:cacheprovider --durations=20 tests/test_vllm*.py; } 2>&1 \
 		| sed -u "s#$(CURDIR)/*##g" | tee docs/results/vllm_test.txt'
 
+# Weights & Biases and MLflow bring some eighty packages, which nothing else here needs.
+TRACKERS := .venv-trackers
+$(TRACKERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRACKERS)
+	echo '*' > $(TRACKERS)/.gitignore
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[wandb,mlflow]' pytest
+	touch $@
+
+.PHONY: trackers-test
+trackers-test: $(TRACKERS)/installed  ## the real wandb and MLflow, offline, in an environment of their own
+	$(TRACKERS)/bin/python -m pytest -p no:cacheprovider -rs tests/test_trackers.py
+
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) $(VLLM) .venv-trl runs
+	rm -rf $(VENV) $(VLLM) $(TRACKERS) .venv-trl runs

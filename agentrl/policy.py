@@ -35,9 +35,9 @@ class Sampling:
     """Token limit of one turn."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take five times as long to make: one is made for every turn
 class PolicyRequest:
-    """One episode's wish for an action."""
+    """One episode's wish for an action. To be read: `dataclasses.replace` makes another."""
 
     episode: str
     """Key of the episode: engines keep its KV cache under this name until `Policy.release`."""

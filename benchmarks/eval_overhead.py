@@ -5,11 +5,12 @@ Both sides play the same tasks with the same agent; the successes must be equal.
 steps and counts successes, and does nothing else. `evaluate` also checks what comes back, times it, counts turns,
 stop reasons and invalid actions, and computes intervals. The speed of a shared machine drifts by a third within a
 second: the two sides take turns every hundred episodes, inside one call of `evaluate`, whose whole cost (environment
-made, statistics) counts. Three agents:
+made, statistics) counts. Four agents:
 
     expert   a plain function observation -> move: a best move, from the distance table of the level
+    solver   the registered policy sokoban-noisy-solver with skill 1: a function of the whole request
     random   a plain function observation -> move: drawn anew each time
-    request  as random, as a function of the whole request (what registered policies read)
+    request  as random, as a function of the whole request, of which it reads nothing: what making requests costs
 
     python benchmarks/eval_overhead.py --json eval_overhead.json
 """
@@ -32,7 +33,7 @@ from agentrl.config import RolloutConfig
 from agentrl.envs import make
 from agentrl.evaluate import evaluate
 from agentrl.policy import FunctionPolicy, Policy, PolicyRequest
-from environments.sokoban.agents import best_moves
+from environments.sokoban.agents import best_moves, noisy_solver_policy
 from environments.sokoban.board import MOVES
 
 ENV = "Sokoban-v0"
@@ -48,6 +49,10 @@ def make_agent(name: str) -> Agent:
     """Returns a fresh agent: both sides start from the same random state."""
     if name == "expert":
         return expert
+    if name == "solver":
+        policy = noisy_solver_policy(skill=1.0)
+        assert isinstance(policy, FunctionPolicy)
+        return policy.function
     rng, moves = random.Random(0), list(MOVES)
     return lambda _: moves[int(rng.random() * 4)]
 
@@ -75,7 +80,7 @@ class Alternating:
     """Plays a slice of tasks with the bare loop whenever `evaluate` has played one (``on_summary``)."""
 
     def __init__(self, env: Any, name: str, options: argparse.Namespace) -> None:
-        self.env, self.agent, self.request = env, make_agent(name), name == "request"
+        self.env, self.agent, self.request = env, make_agent(name), name in ("solver", "request")
         self.slice, self.next, self.last = options.slice, options.seed, options.seed + options.episodes
         self.waiting = self.successes = 0
         self.cpu = self.wall = 0.0
@@ -134,7 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{ENV}: evaluate against a bare loop\n  {settings}\n  {around}")
     print(f"{'agent':8} {'bare ep/s':>10} {'evaluate ep/s':>14} {'overhead, CPU':>14} {'overhead, wall':>15}")
     results = []
-    for name in ("expert", "random", "request"):
+    for name in ("expert", "solver", "random", "request"):
         found = measure(name, options)
         results.append(found)
         over = {kind: f"{100 * (ratio - 1):.1f} %" for kind, ratio in found["ratio"].items()}

@@ -11,28 +11,28 @@ from agentrl.types import Content, Message
 class Conversation(Sequence[Message]):
     """The messages of a request, made when they are looked at: most plain functions read the observation alone."""
 
-    __slots__ = ("_count", "_instructions", "_made", "_observation", "_past", "_window")
+    __slots__ = ("_made", "_parts")
 
     def __init__(
         self, instructions: str, past: list[tuple[Content, str]], observation: Content, window: int | None
     ) -> None:
-        self._instructions, self._past, self._observation, self._window = instructions, past, observation, window
-        self._count = len(past)
-        """Turns so far: `past` grows with the episode."""
+        # Turns are counted now: `past` grows with the episode.
+        self._parts = (instructions, past, len(past), observation, window)
         self._made: tuple[Message, ...] | None = None
 
     def _all(self) -> tuple[Message, ...]:
         if self._made is None:
-            self._made = (*self._before(), Message(role="user", content=self._observation))
+            self._made = tuple(self._messages())
         return self._made
 
-    def _before(self) -> Iterator[Message]:
-        if self._instructions:
-            yield Message(role="system", content=self._instructions)
-        first = 0 if self._window is None else max(0, self._count - self._window)
-        for seen, action in self._past[first : self._count]:
+    def _messages(self) -> Iterator[Message]:
+        instructions, past, count, observation, window = self._parts
+        if instructions:
+            yield Message(role="system", content=instructions)
+        for seen, action in past[0 if window is None else max(0, count - window) : count]:
             yield Message(role="user", content=seen)
             yield Message(role="assistant", content=action)
+        yield Message(role="user", content=observation)
 
     @overload
     def __getitem__(self, index: int) -> Message: ...

@@ -30,7 +30,7 @@ from agentrl.rollout.conversation import Conversation
 from agentrl.rollout.episode import Episode, Shared
 from agentrl.rollout.executors import Environment, Host, LocalHost, Method
 from agentrl.rollout.outcome import judged
-from agentrl.rollout.seeds import action_seed
+from agentrl.rollout.seeds import mix
 from agentrl.rollout.summary import Summary
 from agentrl.rollout.tasks import Job
 from agentrl.rollout.values import checked_observation, checked_step, stored_info
@@ -103,13 +103,7 @@ class DirectEpisode(Episode):
         self._environment = self._observation = None
         self._played = self._invalid = 0
         self._total = self._acting = self._stepping = self._resetting = 0.0
-        self.__dict__.pop("_past", None)
         self.__dict__.pop("key", None)
-
-    @cached_property
-    def _past(self) -> list[tuple[Content, str]]:
-        """Observations and actions, for policies that read requests."""
-        return []
 
     @cached_property
     def key(self) -> str:  # type: ignore[override]
@@ -183,8 +177,11 @@ class DirectEpisode(Episode):
         policy, turns = shared.policy, trajectory.turns
         assert isinstance(policy, FunctionPolicy)
         assert self._environment is not None
-        function, reads_request = policy.function, shared.reads_requests
-        cancelled = self._cancelled
+        function, cancelled = policy.function, self._cancelled
+        past: list[tuple[Content, str]] | None = None
+        if shared.reads_requests:
+            past, key, seeds = [], self.key, self.job.action_seed
+            instructions, window, sampling = trajectory.instructions, shared.window, shared.sampling
         host, deadline = self._environment.host, shared.config.step_deadline_s
         step = host.stepper() if isinstance(host, LocalHost) else host.step
         acting = stepping = total = 0.0
@@ -196,7 +193,12 @@ class DirectEpisode(Episode):
                     raise self._overdue()
                 self.state, self.since = "waiting for the policy", stepped
                 try:
-                    text = function(self._request(observation, info) if reads_request else observation)
+                    if past is None:
+                        text = function(observation)
+                    else:  # as `_turn` below: a call of its own would be a tenth of what a step takes
+                        said = Conversation(instructions, past, observation, window)
+                        seed = mix(seeds, played) >> 1  # `action_seed`
+                        text = function(PolicyRequest(key, played, observation, said, info, None, (), seed, sampling))
                 except Exception as error:
                     raise self._refusal(error) from error
                 if type(text) is not str:
@@ -227,8 +229,8 @@ class DirectEpisode(Episode):
                 played += 1
                 if info.get("valid_action") is False:
                     invalid += 1
-                if reads_request:
-                    self._past.append((observation, text))
+                if past is not None:
+                    past.append((observation, text))
                     info = dict(info)
                 if record:
                     timings = {"policy": acted - asked, "environment": stepped - acted}
@@ -281,12 +283,6 @@ class DirectEpisode(Episode):
         """What to raise for an error of `step`."""
         self._suspect = True
         return self._environment_failure("step", error) if isinstance(error, Exception | SystemExit) else error
-
-    def _request(self, observation: Content, info: dict[str, Any]) -> PolicyRequest:
-        turn = self._played
-        conversation = Conversation(self.trajectory.instructions, self._past, observation, self._shared.window)
-        seed = action_seed(self.job.action_seed, turn)
-        return PolicyRequest(self.key, turn, observation, conversation, info, None, (), seed, self._shared.sampling)
 
     def _now(self, method: Method, call: Callable[..., Any], expires: float, *arguments: Any) -> Any:
         """Calls `make` or `reset` here and now.

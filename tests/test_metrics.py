@@ -76,7 +76,8 @@ def test_without_tensorboard_one_line_says_so(
         log.write(1, {"loss": 2.0})
     notice = capsys.readouterr().err
     assert notice.count("\n") == 1
-    assert "agentrl[tensorboard]" in notice
+    assert str(tmp_path / "metrics.jsonl") in notice
+    assert "pip install tensorboard" in notice
     assert len(read_metrics(tmp_path)) == 2
 
 

@@ -54,6 +54,41 @@ def test_the_log_gives_scalars_to_every_tracker_and_closes_it(tmp_path: Path) ->
     assert read_metrics(tmp_path)[0]["note"] == "x"
 
 
+@pytest.mark.parametrize("fault", ["write", "close"])
+def test_a_tracker_that_fails_ends_no_run_and_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def write(self, iteration: int, scalars: Any) -> None:
+            self.seen.append(iteration)
+
+        def close(self) -> None:
+            self.seen.append("closed")
+
+    class FlakyTracker(Recorder):
+        def write(self, iteration: int, scalars: Any) -> None:
+            super().write(iteration, scalars)
+            if fault == "write" and iteration == 2:
+                raise ConnectionError("server gone")
+
+        def close(self) -> None:
+            super().close()
+            raise ConnectionError("server gone")
+
+    flaky, good = FlakyTracker(), Recorder()
+    with MetricsLog(tmp_path, trackers=[flaky, good]) as log:
+        for iteration in (1, 2, 3):
+            log.write(iteration, {"loss": 0.5})
+    assert good.seen == [1, 2, 3, "closed"]
+    assert flaky.seen == ([1, 2] if fault == "write" else [1, 2, 3, "closed"])
+    assert [one["iteration"] for one in read_metrics(tmp_path)] == [1, 2, 3]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tracker flaky failed and gets no more metrics (ConnectionError: server gone)")
+
+
 def test_a_tracker_that_cannot_start_says_so_and_the_others_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,6 @@
-"""Metrics of a run: one JSON object per line in ``metrics.jsonl``, TensorBoard where it is installed, and trackers.
+"""Metrics of a run: one JSON object per line in ``metrics.jsonl``, and the same scalars for TensorBoard and trackers.
+
+The file is the record; the others are mirrors. A mirror that fails ends no run: one line says so, and it gets no more.
 
 A number that is not finite is written as null: JSON has no NaN, and a metric that does not exist in an iteration (pair
 accuracy without a pair) is no number.
@@ -11,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ class MetricsLog:
     Args:
         run_dir: folder of the run; made where it is missing.
         tensorboard: also write scalars to ``run_dir/tensorboard``; one line says so where it is not installed.
-        trackers: get the same scalars, and are closed with the log.
+        trackers: get the same scalars, and are closed with the log. One that raises is left out from then on.
 
     Raises:
         UserError: the folder cannot be written.
@@ -42,7 +45,7 @@ class MetricsLog:
     ) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self._tensorboard = tensorboard
-        self._trackers = trackers
+        self._trackers = list(trackers)
         self._writer: Any = None
         self._purge_step: int | None = None
         try:
@@ -63,12 +66,14 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        if not self._tensorboard and not self._trackers:
+            return
+        scalars = dict(_scalars(record, ""))
         if self._tensorboard:
-            self._write_scalars(iteration, record)
-        if self._trackers:
-            scalars = dict(_scalars(record, ""))
-            for tracker in self._trackers:
-                tracker.write(iteration, scalars)
+            self._tensorboard = self._mirrored("TensorBoard", partial(self._write_scalars, iteration, scalars))
+        self._trackers = [
+            one for one in self._trackers if self._mirrored(_name(one), partial(one.write, iteration, scalars))
+        ]
 
     def truncate_after(self, iteration: int) -> None:
         """Drops the lines of later iterations, and a last line that a kill cut off: a resumed run writes them anew."""
@@ -82,10 +87,10 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the files. The log cannot be written afterwards."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is not None and self._tensorboard:
+            self._mirrored("TensorBoard", self._writer.close)
         for tracker in self._trackers:
-            tracker.close()
+            self._mirrored(_name(tracker), tracker.close)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -93,19 +98,24 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write_scalars(self, iteration: int, record: Mapping[str, Any]) -> None:
+    def _mirrored(self, name: str, act: Callable[[], None]) -> bool:
+        """Returns whether `act` of the mirror `name` went well; says on standard error that it did not."""
+        try:
+            act()
+        except Exception as error:  # each package has errors of its own; none is a reason to stop training
+            reason = f"{type(error).__name__}: {error}"
+            print(f"{name} failed and gets no more metrics ({reason}); {self.path} goes on", file=sys.stderr)
+            return False
+        return True
+
+    def _write_scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
         if self._writer is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._tensorboard = False
-                print(
-                    f"TensorBoard is not installed (pip install 'agentrl[tensorboard]'); metrics go to {self.path}",
-                    file=sys.stderr,
-                )
-                return
+            except ImportError as error:
+                raise ImportError(f"not installed? pip install tensorboard: {error}") from None
             self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
-        for tag, value in _scalars(record, ""):
+        for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, iteration)
         self._writer.flush()
 
@@ -198,6 +208,10 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name(tracker: Tracker) -> str:
+    return f"tracker {type(tracker).__name__.removesuffix('Tracker').lower()}"
 
 
 def _scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

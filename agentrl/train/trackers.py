@@ -1,8 +1,8 @@
 """Experiment trackers beside ``metrics.jsonl``: one tiny interface, a class for each (``log.trackers: [wandb]``).
 
 A tracker gets the scalars of every iteration under the names that `metrics.jsonl` has, nested ones joined by ``/``. It
-is a mirror: the file is the record. Each remembers its run in ``run_dir/tracker-*.json``, so that a resumed run goes on
-in the same one.
+is a mirror: the file is the record, and a tracker that fails is left out while the run goes on. Each remembers its run
+in ``run_dir/tracker-*.json``, so that a resumed run goes on in the same one.
 """
 
 from __future__ import annotations

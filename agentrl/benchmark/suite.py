@@ -32,6 +32,8 @@ ONE_PROCESS: dict[str, Any] = {
     "model": {"threads": 1},
     "buffer": {"write_trajectories": False},
     "checkpoint": {"every": 10, "keep": 1},
+    # Table and curves are made of metrics.jsonl. TensorBoard's import and files, once for each of many runs, would be
+    # in the measured times and nowhere in the result; `settings: {log.tensorboard: true}` of a suite brings it back.
     "log": {"progress": False, "tensorboard": False},
 }
 """What every run starts from, under the layers above: one of many that share the cores, the disk and the terminal."""

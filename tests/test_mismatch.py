@@ -194,6 +194,60 @@ def test_the_micro_batch_does_not_matter(model: Any) -> None:
         assert difference(small, whole) < 1e-4
 
 
+def off_at(made: list[Trajectory], at: int, nats: float) -> list[Trajectory]:
+    """The episodes with all log-probs of one of them told wrong."""
+    out = copy.deepcopy(made)
+    for step in out[at].turns:
+        step.action_logprobs = [told - nats for told in step.action_logprobs]
+    return out
+
+
+@pytest.mark.parametrize("parts", [{}, {"epochs": 2}, {"minibatches": 3}, {"epochs": 2, "minibatches": 12}])
+def test_one_wrong_trajectory_is_seen_wherever_it_is(model: Any, parts: dict[str, int]) -> None:
+    """In one step by its own forward pass; of several, all but the first are read when the model has moved."""
+    made = played_by(model, episodes(9))
+    corrected = 0.0
+    for at in range(len(made)):
+        told = off_at(made, at, 3.0)
+        _, metrics = update(model, told, lr=1e-2, **parts)
+        assert metrics["logprob_mismatch"] == pytest.approx(3, abs=1e-4)
+        _, metrics = update(model, told, lr=1e-2, **parts, tis="token", mismatch_sample=0.01)
+        assert metrics["logprob_mismatch"] == pytest.approx(3, abs=1e-4)
+        corrected += metrics["mismatch_corrected"]
+    assert corrected == (len(made) if "minibatches" in parts else 1), "a sample of one decides where all is one step"
+
+
+def test_only_several_mini_batches_cost_a_pass_of_their_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(*arguments: Any, trajectories: Any, **options: Any) -> Any:
+        asked.append(len(trajectories))
+        return score(*arguments, trajectories=trajectories, **options)
+
+    made = played_by(model, episodes(10))
+    monkeypatch.setattr("agentrl.train.mismatch.score", counted)
+    for options, passes in (
+        ({}, []),
+        ({"epochs": 3}, []),
+        ({"minibatches": 2}, [12]),
+        ({"tis": "token"}, [1]),
+        ({"tis": "token", "epochs": 3}, [1]),
+        ({"tis": "token", "minibatches": 2}, [12]),
+    ):
+        asked.clear()
+        update(model, made, **options)
+        assert asked == passes, options
+
+
+def test_where_no_trajectory_carries_loss_nothing_is_said_about_agreement(model: Any) -> None:
+    made = played_by(model, episodes(11))
+    batch, config = build_batch(made), PolicyUpdateConfig(tis="token")
+    optimizer, advantage = make_optimizer(model, config), some_advantage(batch.index.K)
+    metrics = update_policy(model, optimizer, batch, advantage, config, trajectories=[])
+    assert metrics["mismatch_corrected"] == 0
+    assert not {name for name in metrics if "logprob" in name}
+
+
 # --- pure functions ---
 
 
@@ -232,7 +286,10 @@ def test_weights_and_rejections_follow_the_formula_for_any_ratios(
 def test_a_mismatch_is_told_by_four_numbers(off: list[float], bound: float) -> None:
     engine = torch.full((len(off),), -2.0, dtype=torch.float64)
     told = compare(engine + torch.tensor(off, dtype=torch.float64), engine, bound)
-    d = [float(x) for x in off] or [0.0]
+    d = [float(x) for x in off]
+    if not d:
+        assert told == {}, "nothing compared is not agreement"
+        return
     assert told["logprob_mismatch"] == pytest.approx(max(map(abs, d)))
     assert told["logprob_mismatch_mean"] == pytest.approx(sum(map(abs, d)) / len(d))
     assert told["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in d) / len(d), abs=1e-12)
@@ -286,6 +343,41 @@ def test_a_run_that_corrects_goes_on_and_tells_the_numbers(
     assert metrics["tis_weight"] == pytest.approx(math.exp(0.2), rel=1e-3)
     assert metrics["mismatch_kl"] == pytest.approx(math.exp(0.2) - 1.2, rel=1e-2)
     assert metrics["mismatch_outside"] == metrics["tokens_rejected"] == 0
+
+
+def test_a_mismatch_that_the_sample_missed_is_refused(
+    warm: Path, tmp_path: Path, trainer_of: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(run_config(tmp_path, warm, policy_update={"lr": 1e-3, "tis": "token", "reject": "token"}))
+    off_by(trainer, 0.2)
+    monkeypatch.setattr("agentrl.train.policy_update.disagree", lambda *_: False)
+    with pytest.raises(AgentRLError, match=r"differ from the trainer's by 0\.2 nats.*policy_update\.mismatch_sample=1"):
+        trainer.iterate()
+
+
+def test_while_only_the_critic_learns_the_mismatch_is_told_and_refused(
+    warm: Path, tmp_path: Path, trainer_of: Callable[..., Trainer]
+) -> None:
+    critic = {"lr": 1e-3, "warmup_iterations": 2}
+    settings: dict[str, Any] = {"credit__method": "ppo", "critic": critic}
+    trainer = trainer_of(run_config(tmp_path / "a", warm, **settings))
+    assert 0 < trainer.iterate()["logprob_mismatch"] < 1e-4
+    off_by(trainer, 0.2)
+    with pytest.raises(AgentRLError, match=r"differ from the trainer's by 0\.2 nats"):
+        trainer.iterate()
+    corrects = trainer_of(run_config(tmp_path / "b", warm, **settings, policy_update__tis="token"))
+    off_by(corrects, 0.2)
+    assert corrects.iterate()["logprob_mismatch"] == pytest.approx(0.2, abs=1e-4)
+
+
+def test_a_run_without_a_trajectory_that_carries_loss_goes_on(
+    warm: Path, tmp_path: Path, trainer_of: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(run_config(tmp_path, warm, policy_update__overlong_filter="any_limit"))
+    monkeypatch.setattr("agentrl.train.trainer.trainable", lambda *_: [])
+    metrics = trainer.iterate()
+    assert metrics["overlong_filtered"] == metrics["episodes"]
+    assert "logprob_mismatch" not in metrics
 
 
 def test_truncated_sampling_while_training_is_refused_and_says_why() -> None:

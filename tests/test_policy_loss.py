@@ -202,6 +202,7 @@ def test_mini_batches_deal_out_every_trajectory_once_an_epoch(model):
     config = PolicyUpdateConfig(lr=1e-4, epochs=2, minibatches=5)
     metrics = update_policy(model, make_optimizer(model, config), batch, some_advantage(batch.index.K), config, seed=3)
     assert metrics["policy_steps"] == 10
+    assert seen.pop(0) == list(range(len(made))), "log-probs before the first step"
     assert sorted(map(len, seen[:5])) == [2, 2, 2, 3, 3]
     for epoch in (seen[:5], seen[5:]):
         assert sorted(itertools.chain(*epoch)) == list(range(len(made)))

@@ -70,11 +70,27 @@ def disagree(
         return False
     size = max(1, round(config.mismatch_sample * len(chosen)))
     sample = np.random.default_rng((seed, 1)).choice(np.asarray(chosen), size=size, replace=False).tolist()
-    ours = score(
-        model, batch, budget=config.tokens_per_microbatch, temperature=temperature, trajectories=sample
-    ).logprob
-    looked = torch.isin(batch.index.traj_of_token, torch.tensor(sample))
+    return differ(own_logprobs(model, batch, config, temperature, sample), batch, config, sample)
+
+
+def differ(ours: Tensor, batch: Batch, config: PolicyUpdateConfig, chosen: Sequence[int]) -> bool:
+    """Whether the trainer's log-probs (K,) of some trajectories are beyond the tolerance from those recorded."""
+    looked = torch.isin(batch.index.traj_of_token, torch.tensor(chosen))
     return bool(((ours - batch.behaviour)[looked].abs() > config.mismatch_tolerance).any())
+
+
+def own_logprobs(
+    model: Any, batch: Batch, config: PolicyUpdateConfig, temperature: float, chosen: Sequence[int] | None = None
+) -> Tensor:
+    """Returns (K,) the trainer's log-probs, 0 outside the trajectories `chosen` (None: all); one forward pass."""
+    return score(
+        model, batch, budget=config.tokens_per_microbatch, temperature=temperature, trajectories=chosen
+    ).logprob
+
+
+def measure(model: Any, batch: Batch, config: PolicyUpdateConfig, temperature: float) -> dict[str, float]:
+    """`compare` of a whole batch that no update reads; one forward pass."""
+    return compare(own_logprobs(model, batch, config, temperature), batch.behaviour, config.tis_cap)
 
 
 def compare(ours: Tensor, engine: Tensor, bound: float) -> dict[str, float]:
@@ -87,11 +103,12 @@ def compare(ours: Tensor, engine: Tensor, bound: float) -> dict[str, float]:
 
     Returns:
         largest and mean difference (nats), KL of the engine's distribution from the trainer's (k3: its samples are the
-        engine's, so that exp(d) - 1 - d is unbiased), share of tokens whose ratio is outside [1/bound, bound].
+        engine's, so that exp(d) - 1 - d is unbiased), share of tokens whose ratio is outside [1/bound, bound]. Empty
+        without tokens: nothing was compared, which is not agreement.
     """
     d = (ours - engine).double()
     if not len(d):
-        d = d.new_zeros(1)
+        return {}
     return {
         "logprob_mismatch": float(d.abs().max()),
         "logprob_mismatch_mean": float(d.abs().mean()),

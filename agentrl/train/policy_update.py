@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.batch import Batch, score, score_microbatch
+from agentrl.batch import Batch, score_microbatch
 from agentrl.config.schema import PolicyUpdateConfig
 from agentrl.errors import NonFiniteError
 from agentrl.models.lora import trained_parameters
-from agentrl.train.mismatch import compare, correction_metrics, corrects, disagree, importance
+from agentrl.train.mismatch import compare, correction_metrics, corrects, differ, disagree, importance, own_logprobs
 from agentrl.train.policy_loss import kl_penalty, policy_loss, token_weights
 
 Tensor = torch.Tensor
@@ -70,58 +70,57 @@ def update_policy(
 
     Returns:
         metrics: loss, gradient norm, clip fraction, mean ratio, KL to the behaviour policy, entropy; the mismatch of
-        the log-probs recorded while sampling and the trainer's own before its first step (on the first mini-batch, or
-        on all tokens where it is corrected), and what the correction did.
+        the log-probs recorded while sampling and the trainer's own before its first step, on all tokens that carry
+        loss (left out where none does), and what the correction did.
 
     Raises:
         NonFiniteError: the advantage, the loss or the gradient became NaN or infinite.
     """
     if not torch.isfinite(advantage).all():
         raise NonFiniteError("an advantage is not finite")
-    log = _Log(config.tis_cap)
+    log = _Log()
     random = np.random.default_rng(seed)
     chosen = np.arange(batch.index.N) if trajectories is None else np.asarray(trajectories, dtype=np.int64)
     parts = max(1, min(config.minibatches, len(chosen)))
-    own = None
-    if corrects(config) and disagree(model, batch, config, temperature, chosen.tolist(), seed):
-        own = _Own(batch, single=config.epochs * parts == 1)
-        if not own.single:
-            own.logprob = score(
-                model,
-                batch,
-                budget=config.tokens_per_microbatch,
-                temperature=temperature,
-                trajectories=chosen.tolist(),
-            ).logprob
-    for epoch in range(config.epochs):
+    own = _Own(batch)
+    if parts > 1:
+        own.logprob, own.known = own_logprobs(model, batch, config, temperature, chosen.tolist()), True
+    corrected = corrects(config) and (
+        differ(own.logprob, batch, config, chosen.tolist())
+        if own.known
+        else disagree(model, batch, config, temperature, chosen.tolist(), seed)
+    )
+    for _ in range(config.epochs):
         order = random.permutation(chosen)
-        for number, members in enumerate(np.array_split(order, parts)):
-            first = epoch == 0 and number == 0
-            _step(model, optimizer, batch, advantage, config, temperature, reference, members, own, log, first)
+        for members in np.array_split(order, parts):
+            _step(model, optimizer, batch, advantage, config, temperature, reference, members, own, corrected, log)
+        own.known = True
     metrics = log.means()
+    seen = torch.isin(batch.index.traj_of_token, torch.from_numpy(chosen))
+    ours, engine = own.logprob[seen], batch.behaviour[seen]
+    metrics |= compare(ours, engine, config.tis_cap)
     if corrects(config):
-        metrics["mismatch_corrected"] = float(own is not None)
-    if own is not None:
-        seen = torch.isin(batch.index.traj_of_token, torch.from_numpy(chosen))
-        ours, engine = own.logprob[seen], batch.behaviour[seen]
-        metrics |= compare(ours, engine, config.tis_cap)
+        metrics["mismatch_corrected"] = float(corrected)
+    if corrected:
         metrics |= correction_metrics(importance(ours, engine, batch.index.turn_of_token[seen], config))
     return metrics
 
 
 class _Own:
-    """The trainer's own log-probs (K,) before its first step, where they stand in for those recorded while sampling.
+    """The trainer's own log-probs (K,) before its first step: compared with those recorded while sampling, and taken in
+    their place where the two differ and that is corrected.
 
-    With a `single` step its own forward pass gives them; else they were computed beforehand.
+    With one mini-batch its own forward pass gives them (until then they are not `known`); with several they are
+    computed beforehand, as all but the first are read when the model has moved.
     """
 
-    def __init__(self, batch: Batch, single: bool) -> None:
-        self.single = single
+    def __init__(self, batch: Batch) -> None:
+        self.known = False
         self.logprob = torch.zeros(batch.index.K)
 
     def of(self, tokens: Tensor, new: Tensor) -> Tensor:
         """Returns those of some tokens, whose log-probs are now `new`."""
-        if not self.single:
+        if self.known:
             return self.logprob[tokens].to(new)
         self.logprob[tokens] = new.detach().float().cpu()
         return new.detach()
@@ -136,9 +135,9 @@ def _step(
     temperature: float,
     reference: Tensor | None,
     members: np.ndarray,
-    own: _Own | None,
+    own: _Own,
+    corrected: bool,
     log: _Log,
-    first: bool,
 ) -> None:
     """One optimiser step on the trajectories `members`."""
     index = batch.index
@@ -153,9 +152,10 @@ def _step(
         new, entropy = scores.logprob, scores.entropy
         assert entropy is not None
         engine, mine, turn = batch.behaviour[k].to(new), weight[k].to(new), index.turn_of_token[k].to(new.device)
+        before = own.of(k, new)
         old, scaled = engine, mine
-        if own is not None:
-            old = own.of(k, new)
+        if corrected:
+            old = before
             correction = importance(old, engine, turn, config)
             mine = mine * correction.kept
             scaled = mine * correction.weight
@@ -167,7 +167,7 @@ def _step(
             loss = loss - config.entropy_coef * (mine * entropy).sum()
         loss.backward()
         total += float(loss.detach())
-        log.tokens(new.detach(), engine, part.ratio, part.clipped, entropy.detach(), first)
+        log.tokens(new.detach(), engine, part.ratio, part.clipped, entropy.detach())
     grad_norm = float(torch.nn.utils.clip_grad_norm_(trained_parameters(model), config.grad_clip))
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
         raise NonFiniteError(f"policy loss {total}, gradient norm {grad_norm}")
@@ -178,21 +178,17 @@ def _step(
 class _Log:
     """Sums over tokens and steps."""
 
-    def __init__(self, bound: float) -> None:
+    def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.count = self.steps = 0
-        self.bound = bound
-        self.first: list[tuple[Tensor, Tensor]] = []
 
-    def tokens(self, new: Tensor, engine: Tensor, ratio: Tensor, clipped: Tensor, entropy: Tensor, first: bool) -> None:
+    def tokens(self, new: Tensor, engine: Tensor, ratio: Tensor, clipped: Tensor, entropy: Tensor) -> None:
         self.count += len(ratio)
         difference = new - engine
         # k3 of old against new: the KL from the behaviour policy.
         kl = torch.exp(difference.clamp(-20, 20)) - 1 - difference
         for name, values in (("ratio", ratio), ("clip_fraction", clipped), ("entropy", entropy), ("kl_behaviour", kl)):
             self.sums[name] = self.sums.get(name, 0.0) + float(values.float().sum())
-        if first:
-            self.first.append((new, engine))
 
     def step(self, loss: float, grad_norm: float) -> None:
         self.steps += 1
@@ -202,5 +198,4 @@ class _Log:
     def means(self) -> dict[str, float]:
         per_step = {"policy_loss", "policy_grad_norm"}
         out = {n: v / max(1, self.steps if n in per_step else self.count) for n, v in self.sums.items()}
-        ours, engine = (torch.cat(x) for x in zip(*self.first, strict=True)) if self.first else (torch.zeros(0),) * 2
-        return out | compare(ours, engine, self.bound) | {"policy_steps": float(self.steps)}
+        return out | {"policy_steps": float(self.steps)}

@@ -33,7 +33,7 @@ from agentrl.train.engine import check_canary, make_engine, sync_engine
 from agentrl.train.gather import Dealer, Gathered, gather
 from agentrl.train.judge import Judge
 from agentrl.train.metrics import Clock, MetricsLog, peak_memory_mb, rollout_metrics
-from agentrl.train.mismatch import corrects
+from agentrl.train.mismatch import corrects, measure
 from agentrl.train.plan import batch_plan
 from agentrl.train.policy_update import learning_rate, make_optimizer, update_policy
 from agentrl.train.preflight import check_run, check_run_dir, needed_bytes
@@ -250,14 +250,17 @@ class Trainer:
     def _update(self, batch: Batch, signals: Signals, advantage: Advantage) -> Metrics:
         """The updates of policy and critic, with the reference log-probs of a KL term where one is wanted."""
         metrics: Metrics = {}
+        config, temperature = self.config.policy_update, self.config.rollout.temperature
         seed = self.config.seed * 1_000_003 + self.iteration
         if self.judge.critic is not None:
             assert advantage.value_target is not None
             assert signals.value is not None
             metrics = self.judge.critic.update(batch, advantage.value_target, signals.value, seed=seed)
             if self.iteration < self.config.critic.warmup_iterations:
+                metrics |= measure(self.model, batch, config, temperature)
+                if not corrects(config):
+                    self._check_mismatch(metrics)
                 return metrics
-        config = self.config.policy_update
         rate = learning_rate(config, self.iteration, self.config.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -272,21 +275,32 @@ class Trainer:
             batch,
             token - penalty[batch.index.turn_of_token].float(),
             config,
-            temperature=self.config.rollout.temperature,
+            temperature=temperature,
             reference=signals.reference_logprob,
             seed=seed,
             trajectories=trained,
         )
         if config.overlong_filter != "none":
             metrics["overlong_filtered"] = float(batch.index.N - len(trained))
-        strict = self.config.model.dtype == "float32" and not corrects(config)
-        if strict and metrics["logprob_mismatch"] > MISMATCH_LIMIT:
-            raise AgentRLError(
-                f"log-probs recorded while sampling differ from the trainer's by {metrics['logprob_mismatch']:.3g} "
-                f"nats (limit {MISMATCH_LIMIT}): the engine samples from other weights or another distribution "
-                "(policy_update.tis and policy_update.reject correct what is known and small)"
-            )
+        if not metrics.get("mismatch_corrected"):
+            self._check_mismatch(metrics)
         return metrics | {"lr": rate}
+
+    def _check_mismatch(self, metrics: Metrics) -> None:
+        """Raises AgentRLError where a mismatch that nothing corrected is beyond the limit, in float32."""
+        found = metrics.get("logprob_mismatch", 0.0)
+        if self.config.model.dtype != "float32" or found <= MISMATCH_LIMIT:
+            return
+        way = "(policy_update.tis and policy_update.reject correct what is known and small)"
+        if corrects(self.config.policy_update):
+            way = (
+                "and none was seen in the trajectories that were looked at before the update; "
+                "policy_update.mismatch_sample=1 looks at all of them, so that tis and reject see it"
+            )
+        raise AgentRLError(
+            f"log-probs recorded while sampling differ from the trainer's by {found:.3g} nats (limit "
+            f"{MISMATCH_LIMIT}): the engine samples from other weights or another distribution {way}"
+        )
 
     def _sync(self) -> None:
         """Gives the engine the new weights and checks that it has them."""

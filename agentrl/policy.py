@@ -9,13 +9,16 @@ their weights; and they take new weights. Policies are plugins: they are found t
 from __future__ import annotations
 
 import abc
+import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from agentrl.errors import UnknownNameError
+from agentrl.errors import UnknownNameError, UserError
 from agentrl.types import Content, ImageSpan, Message
 
 if TYPE_CHECKING:
@@ -172,16 +175,56 @@ def policy_names() -> list[str]:
     return sorted({*_REGISTERED, *_entry_points()})
 
 
-def load_policy(name: str, **options: Any) -> Policy:
-    """Makes the policy registered as `name` with `options`.
+def load_policy(name: str, /, **options: Any) -> Policy:
+    """Makes the policy registered as `name` with `options`; ``module:function`` is ``scripted`` with that function.
 
     Raises:
         UnknownNameError: no policy has this name; the message offers the nearest.
+        UserError: no such module or function.
     """
     if name in _REGISTERED:
         return _REGISTERED[name](**options)
     points = _entry_points()
+    if ":" in name and name not in points:
+        return load_policy("scripted", function=name, **options)
     if name not in points:
         raise UnknownNameError("policy", name, policy_names(), "agentrl policies lists all")
     factory: PolicyFactory = points[name].load()
     return factory(**options)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Imports what ``module:function`` names, from the current folder too.
+
+    Raises:
+        UserError: no such module or function, a module that fails, or nothing to call.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"{name!r} is not of the form 'module:function'")
+    found = _imported(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = ", ".join(key for key in dir(found) if key[:1] != "_" and callable(getattr(found, key, None)))
+            raise UserError(f"{module_name!r} has no {attribute!r}; it has: {known or 'nothing to call'}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{name!r} is {type(found).__name__}, not something to call")
+    return cast("Callable[..., Any]", found)
+
+
+def _imported(name: str) -> Any:
+    here = os.getcwd()
+    added = here not in sys.path  # a console script does not look there; last, so that it hides nothing installed
+    if added:
+        sys.path.append(here)
+        importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        if added:
+            sys.path.remove(here)
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            hint = "; name the file without .py" if name.endswith(".py") else ""
+            raise UserError(f"no module {error.name!r}, neither here in {here} nor on PYTHONPATH{hint}") from None
+        raise UserError(f"module {name!r} cannot be imported: {type(error).__name__}: {error}") from error

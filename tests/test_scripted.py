@@ -118,11 +118,12 @@ def test_scripted_takes_the_function_itself():
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("os", "'os' is not of the form 'module:callable'"),
-        (":x", "module:callable"),
+        ("os", "'os' is not of the form 'module:function'"),
+        (":x", "module:function"),
         ("no_such_module:f", "no_such_module.*PYTHONPATH"),
         (f"{__name__}:on_observatoin", "has no 'on_observatoin'; it has: .*on_observation"),
         (f"{__name__}:NOT_CALLABLE", "is int, not something to call"),
+        (f"{__name__}:NOT_CALLABLE.real.x", "has no 'NOT_CALLABLE.real.x'"),
         (3, "3 cannot be called"),
         (lambda: "up", "takes no argument"),
     ],
@@ -130,6 +131,26 @@ def test_scripted_takes_the_function_itself():
 def test_scripted_refuses_what_it_cannot_call(function, says):
     with pytest.raises(UserError, match=says):
         scripted_policy(function)
+
+
+def test_a_function_is_a_policy_by_its_module_and_name_from_the_current_folder_too(tmp_path, monkeypatch):
+    (tmp_path / "here_agents.py").write_text("def up(observation):\n    return 'up'\n")
+    (tmp_path / "half_agents.py").write_text("import here_agents_2\n")
+    (tmp_path / "bad_agents.py").write_text("def up(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    for name, says in (
+        ("here_agents:down", "function='here_agents:down': 'here_agents' has no 'down'; it has: up"),
+        ("gone_agents:up", "no module 'gone_agents', neither here .* nor on PYTHONPATH$"),
+        ("here_agents.py:up", "no module 'here_agents.py'.* without .py"),
+        ("half_agents:up", "'half_agents' cannot be imported: ModuleNotFoundError: No module named 'here_agents_2'"),
+        ("bad_agents:up", "'bad_agents' cannot be imported: SyntaxError"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_policy(name)
+    policy = load_policy("here_agents:up")
+    assert (act(policy, REQUEST), policy.name) == (["up"], "up")
+    assert load_policy("here_agents:up", name="upwards").name == "upwards"
 
 
 def test_a_scripted_function_that_fails_is_a_policy_failure_with_its_name():

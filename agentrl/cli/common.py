@@ -40,7 +40,10 @@ EXIT_INTERRUPTED = 130
 
 EnvArg = Annotated[list[str] | None, typer.Option("--env-arg", metavar="K=V", help="Environment argument; repeatable.")]
 PolicyName = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="Policy by name ([b]agentrl policies[/b] lists all).")
+    str | None,
+    typer.Option(
+        "--policy", metavar="NAME", help="Policy by name ([b]agentrl policies[/b] lists all), or module:function."
+    ),
 ]
 PolicyArg = Annotated[list[str] | None, typer.Option("--policy-arg", metavar="K=V", help="Policy option; repeatable.")]
 ModelDir = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Model that acts (a directory).")]
@@ -91,7 +94,9 @@ def make_policy(name: str | None, model: str | None, options: Mapping[str, Any],
     from agentrl.policy import load_policy
 
     if name is None and model is None:
-        raise UserError("who acts? give --policy NAME (agentrl policies lists all) or --model DIR")
+        raise UserError(
+            "who acts? give --policy NAME (agentrl policies lists all; module:function is one) or --model DIR"
+        )
     given = dict(options)
     if model is not None:
         name = name or "transformers"
@@ -101,8 +106,9 @@ def make_policy(name: str | None, model: str | None, options: Mapping[str, Any],
     try:
         return load_policy(str(name), **given)
     except TypeError as error:
+        shown_by = "scripted" if ":" in str(name) else name
         raise UserError(
-            f"policy {name!r} cannot be made with {given}: {error} (agentrl policies {name} shows its options)"
+            f"policy {name!r} cannot be made with {given}: {error} (agentrl policies {shown_by} shows its options)"
         ) from error
 
 

@@ -10,12 +10,12 @@ dialogue, which the agent never saw and the file does not hold.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agentrl.config.schema import OutcomeConfig
 from agentrl.errors import DataError, UserError
+from agentrl.policy import load_function
 from agentrl.rollout import score
 from agentrl.types import Trajectory, Turn
 
@@ -32,22 +32,17 @@ def rule_of(config: OutcomeConfig) -> Rule:
 
 
 def load_rule(name: str) -> Rule:
-    """Returns the function ``module:callable`` as a rule: it takes a `Trajectory` and returns (outcome, success).
+    """Returns the function ``module:function`` as a rule: it takes a `Trajectory` and returns (outcome, success).
 
     A number alone is an outcome whose success is that it is above 0.
 
     Raises:
-        UserError: no such function.
+        UserError: no such module or function.
     """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise UserError(f"rule {name!r} is not of the form module:function")
     try:
-        function: Any = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"rule {name!r}: {error}; is its folder on PYTHONPATH?") from error
-    except AttributeError:
-        raise UserError(f"rule {name!r}: {module!r} has no {attribute!r}") from None
+        function = load_function(name)
+    except UserError as error:
+        raise UserError(f"rule {name!r}: {error}") from error
 
     def rule(trajectory: Trajectory) -> tuple[float, bool]:
         answer = function(trajectory)

@@ -25,7 +25,7 @@ class Entrant(Section):
     """A policy of a suite."""
 
     policy: str = ""
-    """Its name (``agentrl policies`` lists all); with `model` empty takes ``transformers``."""
+    """Its name (``agentrl policies`` lists all), or ``module:function``; empty with `model` is ``transformers``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Its options."""
     model: str | None = None

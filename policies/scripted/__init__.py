@@ -1,21 +1,20 @@
 """Policies without weights: uniformly random, or any plain function.
 
-``load_policy("random")`` plays every environment that lists its admissible actions. ``load_policy("scripted",
-function="my.module:play")`` plays with a function of your own, from an observation or from the whole `PolicyRequest`,
-plain or async.
+``load_policy("random")`` plays every environment that lists its admissible actions. ``load_policy("my.module:play")``,
+which is ``load_policy("scripted", function="my.module:play")``, plays with a function of your own, from an observation
+or from the whole `PolicyRequest`, plain or async.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from agentrl.errors import PolicyFailure, UserError
-from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest
+from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, load_function
 
 
 def _random_action(request: PolicyRequest) -> str:
@@ -92,30 +91,18 @@ def scripted_policy(function: str | Callable[..., Any], name: str | None = None)
     """Returns the policy that `function` is.
 
     Args:
-        function: ``"module:callable"``, or the callable itself (see `ScriptedPolicy`).
+        function: ``"module:function"``, in the current folder too, or the function itself (see `ScriptedPolicy`).
         name: shown in reports and trajectories; by default the function's own.
 
     Raises:
-        UserError: no such module or callable, or it is none.
+        UserError: no such module or function, or it cannot be called.
     """
     if not isinstance(function, str):
         if not callable(function):
             raise UserError(f"scripted policy: {function!r} cannot be called")
         return ScriptedPolicy(function, name)
-    module_name, _, attribute = function.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"scripted policy: function={function!r} is not of the form 'module:callable'")
     try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"scripted policy: function={function!r}: {error}; is its folder on PYTHONPATH?") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            known = ", ".join(sorted(key for key, value in vars(found).items() if callable(value) and key[:1] != "_"))
-            raise UserError(
-                f"scripted policy: {module_name!r} has no {attribute!r}; it has: {known or 'nothing to call'}"
-            )
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"scripted policy: {function!r} is {type(found).__name__}, not something to call")
+        found = load_function(function)
+    except UserError as error:
+        raise UserError(f"scripted policy: function={function!r}: {error}") from error
     return ScriptedPolicy(found, name)

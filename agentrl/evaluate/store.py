@@ -1,6 +1,7 @@
 """The folder of an evaluation: its settings, its episodes as they end, its result.
 
     settings.json                       what was asked for
+    versions.json                       what played: packages, system; an evaluation that goes on writes it anew
     trajectories/0-Sokoban-v0.jsonl     one episode a line, appended when it ends; one file for each environment
     result.json                         `EvalReport`, once complete
 
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from agentrl import __version__
 from agentrl.buffer import read_jsonl, write_jsonl
 from agentrl.buffer.jsonl import append_line
 from agentrl.config import dotted
@@ -31,6 +35,8 @@ from agentrl.rollout import Summary, summarise
 from agentrl.types import Trajectory
 
 SETTINGS, RESULT, EPISODES = "settings.json", "result.json", "trajectories"
+VERSIONS = "versions.json"
+PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "vllm", "httpx")
 _SYNC_S = 1.0
 
 
@@ -114,6 +120,7 @@ class EvalStore:
             raise OtherEvaluation(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
         else:
             _write_json(path, self._settings)
+        _write_json(self.folder / VERSIONS, _versions())
 
     def _check(self, path: Path) -> None:
         ours, theirs = dotted(self._settings, lists=True), dotted(read_settings(path), lists=True)
@@ -174,6 +181,18 @@ class EvalStore:
         """Writes the result of a complete evaluation."""
         with atomic_write(self.folder / RESULT) as file:
             file.write(report.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _versions() -> dict[str, str]:
+    """As `agentrl.train.credit_log.write_versions` has them for a run; that module loads torch, which scripts can do
+    without."""
+    found = {"agentrl": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"system": platform.platform(), "cpus": str(os.cpu_count())}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from agentrl.buffer import write_jsonl
 from agentrl.cli import app
 from agentrl.config import RunConfig
 from agentrl.errors import DataError, UserError
+from agentrl.evaluate import EvalReport, evaluate
+from agentrl.evaluate.result import result_of
 from agentrl.images import image_part
 from agentrl.report import health
 from agentrl.report.data import curves, make_report
@@ -32,6 +35,7 @@ from agentrl.report.live import LiveReport, make_server
 from agentrl.report.page import payload, render, to_json
 from agentrl.report.runs import find_runs
 from agentrl.report.web import vendor
+from agentrl.rollout import summarise
 from agentrl.types import StopReason, TextPart, Trajectory, Turn
 
 NASTY = '</script><script>alert(1)</script><!--<img src=x onerror="alert(2)">&amp;\u2028\u2029 ]]>'
@@ -97,6 +101,98 @@ def make_run(folder: Path, *, iterations: int = 3, stored: bool = True, **settin
             ]
             (folder / "credit" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def make_evaluation(folder: Path, policy: str = "echo", *, per_task: int = 2, complete: bool = True) -> Path:
+    """The folder of an evaluation: 4 tasks, of which the first two are solved, in two environments."""
+    envs = ["Toy-v0", "Other-v0"]
+    results = []
+    (folder / "trajectories").mkdir(parents=True)
+    for place, env in enumerate(envs):
+        members = [
+            played(g, m, env=env, policy=policy, outcome=float(g < 2), success=g < 2)
+            for g in range(4)
+            for m in range(per_task)
+        ]
+        write_jsonl(folder / "trajectories" / f"{place}-{env}.jsonl", members)
+        summaries = [summarise(t, t.seed, int(t.id.rpartition("/")[2])) for t in members]
+        common: dict[str, Any] = {"policy": policy, "env_kwargs": {}, "per_task": per_task, "seed": 0}
+        results.append(result_of(summaries, env=env, **common, seconds=1.0, temperature=None))
+    settings = {
+        "policy": {"name": policy, "options": {}},
+        "environments": [{"id": env} for env in envs],
+        "episodes": 4 * per_task,
+        "per_task": per_task,
+        "seed": 0,
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 16},
+        "outcome": {"rule": "success", "success_above": None, "truncated": "scored"},
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "versions.json").write_text('{"agentrl": "0.1.0"}')
+    if complete:
+        (folder / "result.json").write_text(EvalReport(policy=policy, results=results).model_dump_json())
+    return folder
+
+
+def append(file: Path, line: str) -> None:
+    """Adds a line to a file."""
+    with file.open("a") as stream:
+        stream.write(line + "\n")
+
+
+BIG = 10**400
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    math.inf,
+    math.nan,
+    BIG,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    [[[[]]]],
+    {"": {}},
+)
+
+
+def damage(files: list[Path], random: Random) -> None:
+    """Changes up to five values somewhere in JSON or YAML files: another value, none at all, another key."""
+    for file in random.sample(sorted(file for file in files if file.is_file()), 3):
+        if file.suffix == ".yaml":
+            whole = yaml.safe_load(file.read_text())
+            mutate(whole, random)
+            file.write_text(yaml.safe_dump(whole))
+        elif file.suffix in (".json", ".jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            for _ in range(random.randint(1, 5)):
+                mutate(lines, random)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def mutate(value: Any, random: Random) -> None:
+    """Changes one value inside of a list or a mapping."""
+    while True:
+        places = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not places:
+            return
+        place = random.choice(places)
+        if not isinstance(value[place], dict | list) or random.random() < 0.2:
+            break
+        value = value[place]
+    how = random.random()
+    if how < 0.15:
+        del value[place]
+    elif how < 0.25 and isinstance(value, dict):
+        value[random.choice(["x", "", "__proto__", "iteration", "id"])] = value.pop(place)
+    else:
+        value[place] = random.choice(ODD)
 
 
 @pytest.fixture
@@ -235,12 +331,74 @@ def test_large_texts_are_compressed_and_read_back(tmp_path: Path) -> None:
         (lambda run: (run / "credit" / "iteration-000000.jsonl").write_text('{"id": 3\n'), "1 broken line left out"),
         (lambda run: [f.unlink() for f in (run / "trajectories").iterdir()], "No trajectories are stored"),
         (lambda run: (run / "trajectories" / "iteration-000001.jsonl").write_bytes(b"\xff\xfe\x00"), "1 line left out"),
+        (
+            lambda run: append(run / "trajectories" / "iteration-000001.jsonl", "[" * 100_000),
+            "iteration-000001.jsonl: 1 line left out, the first because: line 9: ",
+        ),
+        (
+            lambda run: append(run / "credit" / "iteration-000001.jsonl", "[" * 100_000),
+            "credit of iteration-000001.jsonl: 1 broken line left out, the first is line 9",
+        ),
+        (lambda run: append(run / "credit" / "iteration-000001.jsonl", f'{{"id": "x", "step": [{BIG}]}}'), "line 9"),
+        (
+            lambda run: (run / "config.yaml").write_text("model: hello"),
+            "config.yaml: model='hello' is no section; its settings are not known.",
+        ),
+        (lambda run: (run / "config.yaml").write_text("a: &a [*a]"), "config.yaml cannot be read: nested deeper"),
+        (lambda run: (run / "config.yaml").write_text("seed: !!int ''"), "config.yaml cannot be read: "),
+        (lambda run: (run / "config.yaml").write_text("[" * 5000), "config.yaml cannot be read: "),
+        (
+            lambda run: append(run / "metrics.jsonl", '{"iteration": Infinity}'),
+            "1 broken line of metrics.jsonl left out, the first is line 5.",
+        ),
+        (lambda run: append(run / "metrics.jsonl", "[" * 100_000), "the first is line 5."),
+        (
+            lambda run: append(run / "metrics.jsonl", '{"iteration": 4, "episodes": "many"}'),
+            "metrics.jsonl line 5: episodes='many' is no count and left out.",
+        ),
+        (
+            lambda run: append(run / "metrics.jsonl", '{"iteration": 4, "episodes": 1e400, "stop_reasons": [1]}'),
+            "metrics.jsonl line 5: episodes=inf is no count and left out (and 1 more).",
+        ),
+        (
+            lambda run: append(run / "metrics.jsonl", '{"iteration": 4, "stop_reasons": {"deadline": null}}'),
+            "metrics.jsonl line 5: stop_reasons.deadline=None is no count and left out.",
+        ),
+        (lambda run: (run / "versions.json").write_text("{"), "versions.json cannot be read: "),
     ],
 )
 def test_what_is_broken_is_said_and_the_rest_is_shown(run: Path, spoil: Callable[[Path], Any], said: str) -> None:
     spoil(run)
     assert said in notes_of(run)
     assert b"<main" in render(make_report([run]))
+
+
+def test_names_and_keys_that_are_no_text_are_shown_as_such(run: Path) -> None:
+    (run / "config.yaml").write_text("name: 2020-01-01\n1: 2\nenv: {3: [2020-01-02]}\nmodel: {path: 5}\n")
+    summary = make_report([run]).summary
+    assert (summary["title"], summary["runs"][0]["label"]) == ("2020-01-01", "2020-01-01")
+    assert summary["runs"][0]["config"] == {"name": "2020-01-01", "1": 2, "env.3": ["2020-01-02"], "model.path": 5}
+    render(make_report([run, make_run(run.parent / "other")]))
+
+
+def test_a_line_that_nests_too_deep_costs_itself_alone(run: Path) -> None:
+    append(run / "trajectories" / "iteration-000001.jsonl", "[" * 100_000)
+    assert make_report([run]).summary["trajectories"]["count"] == 24
+
+
+def test_values_far_apart_have_levels_and_an_alarm_too() -> None:
+    assert levels([5e-324, 1e308, -1e308], 5e-324) == "iia"
+    assert health.reward_alarm([record(n, 1e308, 1e308) for n in range(20)]) is None
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_is_in_the_files_the_report_renders(tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    made = make_run(tmp_path / "run", iterations=2)
+    evaluated = make_evaluation(tmp_path / "evaluation")
+    damage([*made.rglob("*.*"), *evaluated.rglob("*.*")], random)
+    page = parsed(render(make_report([tmp_path])))
+    json.loads(page.scripts["summary"], parse_constant=pytest.fail)
 
 
 def test_credit_that_does_not_fit_its_trajectory_is_not_shown(run: Path) -> None:
@@ -252,6 +410,22 @@ def test_credit_that_does_not_fit_its_trajectory_is_not_shown(run: Path) -> None
     assert "step" not in report.chunks[0]["rows"][0]
     assert "step" in report.chunks[0]["rows"][1]
     assert report.summary["trajectories"]["columns"]["strip_step"][0] == "..."
+
+
+def test_files_of_one_folder_keep_their_episodes_apart(tmp_path: Path) -> None:
+    for name, won in (("a", True), ("b", False)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [played(0, 0, success=won), played(0, 1, success=won)])
+    (tmp_path / "credit").mkdir()
+    for name, reward in (("a", 1.0), ("b", 2.0)):
+        rows = [
+            {"id": f"000000-0000/{n}", **dict.fromkeys(("episode", "step", "reward"), [reward] * 3)} for n in (0, 1)
+        ]
+        (tmp_path / "credit" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = make_report([tmp_path]).summary
+    assert summary["runs"][0]["files"] == ["a.jsonl", "b.jsonl"]
+    assert summary["trajectories"]["columns"]["file"] == [0, 0, 1, 1]
+    assert summary["trajectories"]["columns"]["success"] == [1, 1, 0, 0]
+    assert summary["trajectories"]["calibration"] == [], "no success and failure are of one group"
 
 
 def test_plain_trajectories_of_several_environments(tmp_path: Path) -> None:
@@ -354,6 +528,68 @@ def test_everything_dropped_is_counted_with_its_reason(run: Path) -> None:
     assert (rows["Groups of successes only"]["count"], rows["Groups of successes only"]["of"]) == (4, 8)
     assert rows["Episodes ended by deadline"]["count"] == 0
     assert all(row["why"] for row in rows.values())
+
+
+def test_tokens_without_loss_and_failed_evaluations_are_dropped_too(run: Path) -> None:
+    held = {"episodes": 16, "infrastructure_failures": 2, "success": {"value": 0.5, "low": 0.1, "high": 0.9}}
+    append(run / "metrics.jsonl", json.dumps(record(4, action_tokens=500, tokens_rejected=25.0, eval=held)))
+    rows = {row["what"]: row for row in make_report([run]).summary["runs"][0]["dropped"]}
+    rejected, failed = rows["Action tokens without policy loss"], rows["Held-out episodes that failed"]
+    assert [rejected[key] for key in ("count", "of", "unit", "iterations")] == [25, 500, "tokens", [4]]
+    assert [failed[key] for key in ("count", "of", "iterations")] == [2, 16, [4]]
+
+
+def test_an_evaluation_is_shown_with_its_intervals_settings_and_versions(tmp_path: Path) -> None:
+    (one,) = make_report([make_evaluation(tmp_path / "whole")]).summary["runs"]
+    found = one["evaluation"][0]
+    assert (found["env"], found["success"]["value"], found["success_interval"]) == ("Toy-v0", 0.5, "bootstrap")
+    assert found["success"]["low"] < 0.5 < found["success"]["high"]
+    assert set(found["pass_at_k"]) == set(found["pass_hat_k"]) == {"1", "2"}
+    assert one["config"]["policy.name"] == "echo"
+    assert one["config"]["sampling.temperature"] == 1.0
+    assert one["versions"] == {"agentrl": "0.1.0"}
+    assert one["notes"] == [
+        "No credit is stored beside the trajectories: turns have no advantages and no step rewards."
+    ]
+    assert one["stops"] == {"terminated": 16}
+    assert {row["what"]: row["of"] for row in one["dropped"]}["Episodes ended by deadline"] == 16
+    assert "result.json cannot be read" in notes_of(spoiled(tmp_path / "broken", "result.json", '{"policy": 1}'))
+    assert "settings.json cannot be read" in notes_of(spoiled(tmp_path / "odd", "settings.json", "[" * 100_000))
+    cut = make_report([make_evaluation(tmp_path / "cut", complete=False)]).summary["runs"][0]
+    assert (cut["evaluation"], cut["episodes"]) == ([], {"scored": 16, "successes": 8, "failed": 0})
+    assert "the evaluation is not complete" in " ".join(cut["notes"])
+
+
+def spoiled(folder: Path, name: str, text: str) -> Path:
+    (make_evaluation(folder) / name).write_text(text)
+    return folder
+
+
+def test_every_evaluation_and_run_below_a_folder_is_found(tmp_path: Path) -> None:
+    for policy in ("random", "solver"):
+        make_evaluation(tmp_path / "board" / policy / "lock", policy)
+    (tmp_path / "board" / "leaderboard.json").write_text("{}")
+    (tmp_path / "board" / ".vscode").mkdir()
+    (tmp_path / "board" / ".vscode" / "settings.json").write_text("{}")
+    summary = make_report([tmp_path / "board"]).summary
+    assert [one["label"] for one in summary["runs"]] == ["random/lock", "solver/lock"]
+    assert summary["title"] == "2 evaluations"
+    make_run(tmp_path / "board" / "run")
+    begun = tmp_path / "board" / "begun"
+    begun.mkdir()
+    (begun / "settings.json").write_text((tmp_path / "board" / "random" / "lock" / "settings.json").read_text())
+    found = [one["label"] for one in make_report([tmp_path / "board"]).summary["runs"]]
+    assert found == ["begun", "random/lock", "run", "solver/lock"]
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "board")])
+    assert done.exit_code == 0, done.output
+
+
+def test_eval_writes_what_it_is_made_with(tmp_path: Path) -> None:
+    evaluate(lambda _: "left", "Lock-v0", episodes=4, per_task=2, out=tmp_path / "eval")
+    (one,) = make_report([tmp_path / "eval"]).summary["runs"]
+    assert {"agentrl", "python", "gymnasium", "system"} <= one["versions"].keys()
+    assert one["evaluation"][0]["episodes"] == 4
+    assert one["config"]["per_task"] == 2
 
 
 def test_calibration_of_pairs() -> None:

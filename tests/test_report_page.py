@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from test_report import NASTY, make_run, played
+from test_report import NASTY, damage, make_evaluation, make_run, played
 
 from agentrl.buffer import write_jsonl
 from agentrl.report.data import make_report
@@ -157,9 +158,73 @@ def test_what_an_agent_says_is_never_run(reader: Reader, tmp_path: Path) -> None
     assert "No credit is stored" in page.inner_text(".note")
 
 
+def test_a_click_opens_the_episode_of_its_file(reader: Reader, tmp_path: Path) -> None:
+    for name, won in (("a", True), ("b", False)):
+        members = [played(0, n, success=won, outcome=float(won), policy=f"policy-{name}") for n in (0, 1)]
+        write_jsonl(tmp_path / f"{name}.jsonl", [*members, members[0]])  # one id twice in one file, too
+    page = reader.open(write(tmp_path, tmp_path))
+    page.keyboard.press("3")
+    for n in range(6):
+        name, fate = ("a", "success") if n < 3 else ("b", "failure")
+        row = page.locator(f"#row-{n}")
+        assert f"{fate}\n000000-0000/{1 if n % 3 == 1 else 0} · {name}.jsonl" in row.inner_text()
+        row.click()
+        page.wait_for_selector(f"#row-{n}.chosen")
+        shows(page, ".episode", f"policy-{name}")
+        assert page.locator(".row.chosen").count() == 1
+        assert fate in page.inner_text(".episode")
+        assert "Group of 3" in page.inner_text(".group summary")
+    address = page.url
+    page.goto("about:blank")
+    reader.open(address).wait_for_selector("#row-5.chosen")
+
+
+def test_evaluations_side_by_side(reader: Reader, tmp_path: Path) -> None:
+    make_evaluation(tmp_path / "one", "echo")
+    make_evaluation(tmp_path / "two", "parrot", per_task=1)
+    make_evaluation(tmp_path / "cut", "cut", complete=False)
+    page = reader.open(write(tmp_path, tmp_path))
+    lines = [line.split("\t") for line in page.inner_text(".evaluation tbody").splitlines()]
+    assert [line[:4] for line in lines] == [
+        ["one", "Toy-v0", "echo", "50\u202f%"],
+        ["one", "Other-v0", "echo", "50\u202f%"],
+        ["two", "Toy-v0", "parrot", "50\u202f%"],
+        ["two", "Other-v0", "parrot", "50\u202f%"],
+    ]
+    assert "to" in lines[0][4]
+    assert page.locator(".attempts tbody tr").count() == 4
+    assert page.inner_text(".attempts tbody tr >> nth=1").split("\t")[1] == "2"
+    assert page.locator("table").nth(2).locator("tbody").inner_text().split("\t")[:4] == ["cut", "–", "1", "50\u202f%"]
+    page.keyboard.press("6")
+    assert "sampling.temperature" in page.inner_text(".config")
+    page.keyboard.press("5")
+    assert "All episodes by how they ended: 16 terminated." in page.inner_text("main")
+    page = reader.open(write(tmp_path, tmp_path / "two"))
+    assert "Mean success of 50" in page.inner_text(".lead")
+    assert "temperature 1, top-p 1" in page.inner_text("dl >> nth=0")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pages_of_damaged_files_draw_without_complaint(reader: Reader, tmp_path: Path, seed: int) -> None:
+    random = Random(1000 + seed)
+    made, evaluated = make_run(tmp_path / "run", iterations=12), make_evaluation(tmp_path / "evaluation")
+    for _ in range(3):
+        damage([*made.glob("*.*"), *made.rglob("*-000001.jsonl"), *evaluated.rglob("*.*")], random)
+    page = reader.open(write(tmp_path, tmp_path))
+    for number in range(1, 7):
+        page.keyboard.press(str(number))
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.keyboard.press("3")
+    for _ in range(3):
+        page.keyboard.press("j")
+    page.keyboard.press("m")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_telephone_shows_every_page_without_scrolling_sideways(browser: Any, tmp_path: Path, scheme: str) -> None:
     reader = Reader(browser, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = reader.open(write(tmp_path, make_evaluation(tmp_path / "evaluation")))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page = reader.open(write(tmp_path, make_run(tmp_path / "run")))
     for number in range(1, 7):
         page.keyboard.press(str(number))

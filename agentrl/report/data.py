@@ -75,10 +75,13 @@ def _run(run: Run) -> dict[str, Any]:
         "config": _plain(dotted(run.config)),
         "plan": run.plan,
         "versions": run.versions,
+        "files": [file.name for file in run.files],
+        "evaluation": run.evaluation,
+        "episodes": {"scored": run.scored, "successes": run.successes, "failed": run.failed},
         "notes": run.notes,
         "curves": curves(run.metrics),
-        "stops": health.stop_counts(run.metrics),
-        "dropped": health.dropped(run.metrics),
+        "stops": health.stop_counts(run.evaluation or run.metrics),
+        "dropped": health.dropped_of_evaluation(run.evaluation) if run.evaluation else health.dropped(run.metrics),
         "alarm": health.reward_alarm(run.metrics),
     }
 
@@ -109,7 +112,7 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for key, value in record.items():
         if isinstance(value, Mapping):
             found |= _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             found[prefix + key] = value
     return found
 
@@ -131,5 +134,7 @@ def _word(value: Any) -> Any:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    names = list(dict.fromkeys(str(run.config.get("name") or run.path.resolve().name) for run in runs))
-    return names[0] if len(names) == 1 else f"{len(runs)} runs"
+    names = list(dict.fromkeys(str(run.config.get("name") or "") for run in runs))
+    if len(names) == 1 and (names[0] or len(runs) == 1):
+        return names[0] or runs[0].path.resolve().name
+    return f"{len(runs)} {'evaluations' if all(run.evaluation is not None for run in runs) else 'runs'}"

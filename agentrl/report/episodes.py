@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentrl.buffer.jsonl import read_jsonl
 from agentrl.errors import DataError
-from agentrl.images import png_bytes
+from agentrl.images import attach_images, png_bytes
+from agentrl.report.plain import reason
 from agentrl.report.runs import Run
 from agentrl.types import Content, ImagePart, Trajectory, group_trajectories
 
@@ -57,8 +58,15 @@ class Shown:
     notes: list[str] = field(default_factory=list)
 
 
-Loaded = tuple[int, Trajectory, Credit | None]
-"""Number of the run, trajectory, its credit."""
+class Loaded(NamedTuple):
+    """A trajectory of a report. Ids say which one within its file alone: `collect` derives them from seeds."""
+
+    run: int
+    """Number of the run."""
+    file: int
+    """Place of its file among the run's."""
+    trajectory: Trajectory
+    credit: Credit | None
 
 
 @dataclass
@@ -67,6 +75,9 @@ class FilePart:
 
     found: int
     """Trajectories in it."""
+    scored: int
+    """Scorable ones."""
+    successes: int
     chosen: list[tuple[Trajectory, Credit | None]]
     errors: list[str]
     """Messages of its failed episodes."""
@@ -92,8 +103,8 @@ def load(
         cache: of earlier calls; gains the files that were read now.
     """
     shown, loaded = Shown(), list[Loaded]()
-    files = [(number, run, file) for number, run in enumerate(runs) for file in run.files]
-    for done, (number, run, file) in enumerate(files):
+    files = [(number, run, place, file) for number, run in enumerate(runs) for place, file in enumerate(run.files)]
+    for done, (number, run, place, file) in enumerate(files):
         room = math.ceil((limit - len(loaded)) / (len(files) - done)) if limit else None
         if cache is not None and room is not None:
             # A share that changed with every new file would be read anew from all files.
@@ -103,7 +114,10 @@ def load(
         for message in part.errors:
             shown.errors[message] = shown.errors.get(message, 0) + 1
         run.notes += part.notes
-        loaded += [(number, t, credit) for t, credit in part.chosen]
+        run.scored += part.scored
+        run.successes += part.successes
+        run.failed += part.found - part.scored
+        loaded += [Loaded(number, place, t, credit) for t, credit in part.chosen]
         if on_file is not None:
             on_file(done + 1, len(files))
     return loaded, shown
@@ -123,6 +137,8 @@ def read_part(file: Path, credit_file: Path, room: int | None) -> FilePart:
     chosen = trajectories if room is None else _whole_groups(trajectories, room)
     return FilePart(
         found=len(trajectories),
+        scored=sum(t.scorable for t in trajectories),
+        successes=sum(t.scorable and t.success for t in trajectories),
         chosen=[(t, _fitting(credit.get(t.id), t)) for t in chosen],
         errors=[t.error for t in trajectories if t.error],
         notes=notes,
@@ -137,6 +153,8 @@ def read_tolerantly(file: Path, notes: list[str]) -> list[Trajectory]:
     except DataError as error:
         notes.append(f"{error}.")
         return []
+    except RecursionError:
+        found = _read_shallow(file, lost)
     if lost:
         lines = "1 line" if len(lost) == 1 else f"{len(lost)} lines"
         notes.append(f"{file.name}: {lines} left out, the first because: {_after_name(lost[0], file)}.")
@@ -145,32 +163,47 @@ def read_tolerantly(file: Path, notes: list[str]) -> list[Trajectory]:
     return found
 
 
+def _read_shallow(file: Path, lost: list[DataError]) -> list[Trajectory]:
+    """Returns the trajectories of a file of which some line nests deeper than can be read."""
+    lost.clear()
+    found = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        try:
+            if line.strip():
+                found.append(Trajectory.model_validate_json(line))
+        except ValueError as error:
+            lost.append(DataError(f"{file} line {number}: {reason(error)}"))
+    attach_images(file.parent, found)
+    return found
+
+
 def read_credit(file: Path, notes: list[str]) -> dict[str, Credit]:
     """Returns the credit of a file's trajectories by id; broken lines become one of the `notes`."""
     credit: dict[str, Credit] = {}
-    broken = 0
+    broken: list[int] = []
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
         return {}
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             credit[row["id"]] = {
                 key: [float(x) for x in row[key]] for key in ("episode", "step", "reward") if key in row
             }
-        except (ValueError, KeyError, TypeError):
-            broken += 1
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            broken.append(number)
     if broken:
-        notes.append(f"credit of {file.name}: {broken} broken {'line' if broken == 1 else 'lines'} left out.")
+        lines_are = "1 broken line" if len(broken) == 1 else f"{len(broken)} broken lines"
+        notes.append(f"credit of {file.name}: {lines_are} left out, the first is line {broken[0]}.")
     return credit
 
 
 def encode(loaded: Sequence[Loaded], shown: Shown, runs: Sequence[Run], image_bytes: int) -> None:
     """Fills `shown` with the columns and chunks of `loaded`; pictures up to `image_bytes` bytes in all."""
-    values = [modes_of(t, credit) for _, t, credit in loaded]
+    values = [modes_of(one.trajectory, one.credit) for one in loaded]
     shown.scales = {mode: _full(chain.from_iterable(v.get(mode, ()) for v in values)) for mode in MODES}
-    rows = [_row(run, t, v, shown.scales) for (run, t, _), v in zip(loaded, values, strict=True)]
+    rows = [_row(one, v, shown.scales) for one, v in zip(loaded, values, strict=True)]
     shown.columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
     pictures = _Pictures(shown, image_bytes)
     for start in range(0, len(loaded), CHUNK):
@@ -193,10 +226,8 @@ def modes_of(t: Trajectory, credit: Credit | None) -> dict[str, list[float]]:
 def levels(values: Sequence[float], full: float) -> str:
     """Returns a letter of `LEVELS` per value."""
     half = len(LEVELS) // 2
-    steps = (value / full * half if full and math.isfinite(value) else 0.0 for value in values)
-    return "".join(
-        LEVELS[half + max(-half, min(half, math.ceil(step) if step > 0 else math.floor(step)))] for step in steps
-    )
+    shares = (max(-1.0, min(1.0, value / full)) * half if full and math.isfinite(value) else 0.0 for value in values)
+    return "".join(LEVELS[half + (math.ceil(share) if share > 0 else math.floor(share))] for share in shares)
 
 
 def _cached(run: Run, file: Path, room: int | None, cache: Cache | None) -> FilePart:
@@ -237,9 +268,11 @@ def _whole_groups(trajectories: Sequence[Trajectory], room: int) -> list[Traject
     return chosen
 
 
-def _row(run: int, t: Trajectory, values: dict[str, list[float]], scales: dict[str, float]) -> dict[str, Any]:
+def _row(one: Loaded, values: dict[str, list[float]], scales: dict[str, float]) -> dict[str, Any]:
+    t = one.trajectory
     return {
-        "run": run,
+        "run": one.run,
+        "file": one.file,
         "id": t.id,
         "group": t.group_id,
         "iteration": t.iteration,
@@ -273,7 +306,7 @@ def _chunk(part: Sequence[Loaded], pictures: _Pictures) -> dict[str, Any]:
         ]
 
     rows = []
-    for _, t, credit in part:
+    for _, _, t, credit in part:
         row: dict[str, Any] = {
             "obs": [content(turn.observation) for turn in t.turns],
             "act": [text(turn.action) for turn in t.turns],
@@ -314,7 +347,7 @@ class _Pictures:
     def _take(self, part: ImagePart) -> int:
         try:
             png = png_bytes(part)
-        except DataError as error:
+        except (DataError, ValueError) as error:  # ValueError: a name that no file can have
             self._shown.images_left_out += 1
             self._shown.notes.append(f"{error}.")
             return -2
@@ -328,10 +361,10 @@ class _Pictures:
 
 def _pairs(loaded: Sequence[Loaded]) -> Iterator[tuple[float, float]]:
     """(score of the better, score of the worse) of every success and failure of one group that have step rewards."""
-    groups: dict[tuple[int, str], list[tuple[bool, float]]] = {}
-    for run, t, credit in loaded:
-        if t.scorable and credit is not None and "reward" in credit:
-            groups.setdefault((run, t.group_id), []).append((t.success, sum(credit["reward"])))
+    groups: dict[tuple[int, int, str], list[tuple[bool, float]]] = {}
+    for run, file, t, credit in loaded:
+        if t.scorable and credit is not None and "reward" in credit and math.isfinite(score := sum(credit["reward"])):
+            groups.setdefault((run, file, t.group_id), []).append((t.success, score))
     for members in groups.values():
         lost = [score for success, score in members if not success]
         yield from ((score, other) for success, score in members if success for other in lost)
@@ -339,7 +372,7 @@ def _pairs(loaded: Sequence[Loaded]) -> Iterator[tuple[float, float]]:
 
 def _token_texts(run: Run, number: int, loaded: Sequence[Loaded]) -> dict[int, str]:
     """Text of every sampled id of a run; empty where the model's tokenizer is not there."""
-    ids = {id for owner, t, _ in loaded if owner == number for turn in t.turns for id in turn.action_ids}
+    ids = {id for one in loaded if one.run == number for turn in one.trajectory.turns for id in turn.action_ids}
     file = run.tokenizer_file()
     if not ids or file is None:
         return {}

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from agentrl.report.plain import is_count
+
 Metrics = Sequence[Mapping[str, Any]]
 
 STEP_REWARD = "credit_step_reward_mean"
@@ -70,12 +72,18 @@ def dropped(metrics: Metrics) -> list[dict[str, Any]]:
         return rows
     failed = {int(m["iteration"]): m.get("episodes_failed") or 0 for m in trained}
     played = sum(m.get("episodes") or 0 for m in trained) + sum(failed.values())
+    totals = {"episodes": played, "tokens": sum(m.get("action_tokens") or 0 for m in trained)}
     for reason, why in INFRASTRUCTURE.items():
         counts = {int(m["iteration"]): (m.get("stop_reasons") or {}).get(reason, 0) for m in trained}
         add(f"Episodes ended by {reason.replace('_', ' ')}", why, "episodes", counts, played)
-    for key, what, why in COUNTED:
+    evaluated = {int(m["iteration"]): m["eval"] for m in metrics if isinstance(m.get("eval"), Mapping)}
+    if evaluated:
+        counts = {number: _count(held.get("infrastructure_failures")) for number, held in evaluated.items()}
+        total = sum(_count(held.get("episodes")) for held in evaluated.values())
+        add("Held-out episodes that failed", "Of the evaluations; in no mean or interval.", "episodes", counts, total)
+    for key, what, why, unit in COUNTED:
         if any(key in m for m in trained):
-            add(what, why, "episodes", {int(m["iteration"]): m.get(key) or 0 for m in trained}, played)
+            add(what, why, unit, {int(m["iteration"]): m.get(key) or 0 for m in trained}, totals[unit])
     grouped = [m for m in trained if isinstance(m.get("groups"), Mapping)]
     groups = sum(m["groups"].get("groups") or 0 for m in grouped)
     for key, what, why, unit in GROUPS:
@@ -102,9 +110,25 @@ INFRASTRUCTURE = {
 }
 
 COUNTED = (
-    ("episodes_retried", "Attempts played again", "An infrastructure failure that a retry mended; the retry counts."),
-    ("truncated_excluded", "Episodes cut off, excluded", "outcome.truncated=excluded: a limit ended them."),
-    ("overlong_filtered", "Episodes without policy loss", "policy_update.overlong_filter: a limit ended them."),
+    (
+        "episodes_retried",
+        "Attempts played again",
+        "An infrastructure failure that a retry mended; the retry counts.",
+        "episodes",
+    ),
+    ("truncated_excluded", "Episodes cut off, excluded", "outcome.truncated=excluded: a limit ended them.", "episodes"),
+    (
+        "overlong_filtered",
+        "Episodes without policy loss",
+        "policy_update.overlong_filter: a limit ended them.",
+        "episodes",
+    ),
+    (
+        "tokens_rejected",
+        "Action tokens without policy loss",
+        "policy_update.reject: sampler and trainer give them too different probabilities.",
+        "tokens",
+    ),
 )
 
 GROUPS = (
@@ -116,6 +140,34 @@ GROUPS = (
 )
 
 
+COUNTS = ("episodes", "episodes_failed", "groups_dropped", "action_tokens", *(key for key, *_ in COUNTED))
+"""Metrics that count something."""
+
+TABLES = ("stop_reasons", "groups")
+"""Metrics that are counts by name."""
+
+
+def dropped_of_evaluation(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what an evaluation left out, in rows as `dropped`; `results` are those of its environments."""
+    stops = stop_counts(results)
+    played = sum(stops.values())
+    return [
+        {
+            "what": f"Episodes ended by {reason.replace('_', ' ')}",
+            "why": why,
+            "unit": "episodes",
+            "count": stops.get(reason, 0),
+            "of": played,
+            "iterations": [],
+        }
+        for reason, why in INFRASTRUCTURE.items()
+    ]
+
+
+def _count(value: Any) -> int:
+    return int(value) if is_count(value) else 0
+
+
 def _change(before: Metrics, after: Metrics, key: str) -> tuple[float, float]:
     """Difference of the means, and its standard error."""
     a, b = [float(m[key]) for m in before], [float(m[key]) for m in after]
@@ -123,7 +175,8 @@ def _change(before: Metrics, after: Metrics, key: str) -> tuple[float, float]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number, and small enough for its square to be one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def calibration(pairs: Sequence[tuple[float, float]], bins: int = 5) -> list[dict[str, float]]:
@@ -145,8 +198,8 @@ def calibration(pairs: Sequence[tuple[float, float]], bins: int = 5) -> list[dic
 
 
 def stop_counts(metrics: Metrics) -> dict[str, int]:
-    """Returns how many training episodes ended for each reason."""
+    """Returns how many episodes ended for each reason, over the iterations or the environments of `metrics`."""
     total: Counter[str] = Counter()
     for m in metrics:
-        total.update({str(name): int(count) for name, count in (m.get("stop_reasons") or {}).items()})
+        total.update({str(name): _count(count) for name, count in (m.get("stop_reasons") or {}).items()})
     return dict(total)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.errors import UserError
+from agentrl.evaluate.store import RESULT, SETTINGS
 from agentrl.report.data import IMAGE_MB, TRAJECTORIES, Report, make_report
 from agentrl.report.episodes import Cache
 from agentrl.report.page import payload, render
@@ -116,7 +117,7 @@ def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
 
 
 def _watched(folder: Path) -> list[Path]:
-    kinds = ("*.jsonl", "config.yaml", "plan.txt", "versions.json")
+    kinds = ("*.jsonl", "config.yaml", "plan.txt", "versions.json", SETTINGS, RESULT)
     return [
         file for kind in kinds for file in folder.rglob(kind) if "checkpoints" not in file.relative_to(folder).parts
     ]

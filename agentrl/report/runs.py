@@ -1,4 +1,4 @@
-"""What there is to report on: folders of runs, folders of runs in folders, and plain trajectory files.
+"""What there is to report on: folders of runs and evaluations, folders of those, and plain trajectory files.
 
 Reading is tolerant: a file that is missing, cut off or broken costs what it held and leaves a note, never the report.
 """
@@ -14,16 +14,21 @@ from typing import Any
 
 import yaml
 
+from agentrl.config import RunConfig
 from agentrl.errors import DataError
+from agentrl.evaluate.result import EvalReport
+from agentrl.evaluate.store import RESULT, SETTINGS
+from agentrl.report.health import COUNTS, TABLES
+from agentrl.report.plain import is_count, plain, reason
 from agentrl.train.metrics import FILE_NAME as METRICS
 
 SIGNS = ("config.yaml", METRICS, "trajectories")
-"""A folder with one of these is a run."""
+"""A folder with one of these is a run, or an evaluation."""
 
 
 @dataclass
 class Run:
-    """One run, or one file of trajectories, as far as it could be read."""
+    """One run, evaluation or file of trajectories, as far as it could be read."""
 
     path: Path
     label: str = ""
@@ -32,12 +37,20 @@ class Run:
     """What it shares with runs that differ from it in their seed alone."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    """Its configuration; of an evaluation its settings."""
+    evaluation: list[dict[str, Any]] | None = None
+    """The `EvalResult` of each environment, none before it is complete; None: this is no evaluation."""
     plan: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     """Trajectory files, in the order of the iterations."""
     notes: list[str] = field(default_factory=list)
     """What is absent or could not be read, in words."""
+    scored: int = 0
+    """Scorable episodes in its files (`agentrl.report.episodes.load` counts)."""
+    successes: int = 0
+    failed: int = 0
+    """Episodes in its files that a failure of infrastructure ended."""
 
     @property
     def seed(self) -> Any:
@@ -49,16 +62,17 @@ class Run:
 
     def tokenizer_file(self) -> Path | None:
         """The tokenizer of the model that acted; None where there is none."""
-        start = (self.config.get("model") or {}).get("path")
-        files = [folder / "tokenizer.json" for folder in (self.path / "model", *((Path(start),) if start else ()))]
-        return next((file for file in files if file.is_file()), None)
+        names = [_under(self.config, "model", "path"), _under(self.config, "policy", "options", "model")]
+        folders = [self.path / "model", *(Path(name) for name in names if isinstance(name, str) and name)]
+        return next((file for folder in folders if os.path.isfile(file := folder / "tokenizer.json")), None)
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """Reads the runs that `paths` name.
 
     Args:
-        paths: each a run's folder, a trajectory file (``.jsonl``), a folder of such files, or a folder with runs below.
+        paths: each the folder of a run or of an evaluation, a trajectory file (``.jsonl``), a folder of such files, or
+            a folder with runs or evaluations below.
 
     Raises:
         DataError: a path that does not exist, or holds none of these.
@@ -72,7 +86,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Reads one run's folder or trajectory file; what is missing or broken becomes a note."""
+    """Reads the folder of a run or an evaluation, or a trajectory file; what is missing or broken becomes a note."""
     run = Run(path)
     if path.is_file():
         run.files = [path]
@@ -81,17 +95,27 @@ def read_run(path: Path) -> Run:
     stored = path / "trajectories"
     run.files = sorted((stored if stored.is_dir() else path).glob("*.jsonl"))
     run.files = [file for file in run.files if file.name != METRICS]
-    if not run.files:
-        run.notes.append("No trajectories are stored (buffer.write_trajectories=false keeps none).")
-    run.metrics = _read_metrics(path / METRICS, run.notes)
-    run.config = _read_config(path / "config.yaml", run.notes)
-    if (path / "plan.txt").is_file():
-        run.plan = (path / "plan.txt").read_text(encoding="utf-8", errors="replace")
+    if (path / SETTINGS).exists() and not any((path / name).exists() for name in SIGNS[:2]):
+        if not run.files:
+            run.notes.append("No trajectories are stored: no episode has ended yet.")
+        _read_evaluation(path, run)
+    else:
+        if not run.files:
+            run.notes.append("No trajectories are stored (buffer.write_trajectories=false keeps none).")
+        run.metrics = _read_metrics(path / METRICS, run.notes)
+        run.config = _read_config(path / "config.yaml", run.notes)
     try:
-        known = json.loads((path / "versions.json").read_text(encoding="utf-8"))
-        run.versions = {str(name): str(value) for name, value in known.items()}
-    except (OSError, ValueError, AttributeError):
-        run.notes.append("Versions of packages are not recorded (runs made before versions.json was written).")
+        run.plan = (path / "plan.txt").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        run.notes.append(f"plan.txt cannot be read: {error.strerror or error}.")
+    try:
+        run.versions = {name: str(value) for name, value in _read_object(path / "versions.json").items()}
+    except FileNotFoundError:
+        run.notes.append("Versions of packages are not recorded (made before versions.json was written).")
+    except (OSError, ValueError, RecursionError) as error:
+        run.notes.append(f"Versions of packages are not recorded: versions.json cannot be read: {reason(error)}.")
     if run.files and not any(run.credit_file(file).is_file() for file in run.files):
         run.notes.append("No credit is stored beside the trajectories: turns have no advantages and no step rewards.")
     return run
@@ -104,9 +128,12 @@ def _runs_at(path: Path) -> list[Path]:
         if path.suffix != ".jsonl":
             raise DataError(f"{str(path)!r} is neither a run's folder nor a trajectory file (.jsonl)")
         return [path.parent] if path.name == METRICS else [path]
-    if any((path / name).exists() for name in SIGNS):
+    if any((path / name).exists() for name in SIGNS) or _is_evaluation(path):
         return [path]
-    below = sorted({file.parent for name in SIGNS[:2] for file in path.rglob(name)})
+    below = sorted(
+        {file.parent for name in SIGNS for file in path.rglob(name)}
+        | {file.parent for file in path.rglob(SETTINGS) if _is_evaluation(file.parent)}
+    )
     # What lies inside a run (checkpoints, a tracker's files) is no run of its own.
     below = [folder for folder in below if not any(other in folder.parents for other in below)]
     if below:
@@ -116,39 +143,108 @@ def _runs_at(path: Path) -> list[Path]:
     raise DataError(f"{str(path)!r} holds no run (config.yaml, {METRICS}, trajectories/) and no .jsonl file")
 
 
+def _is_evaluation(path: Path) -> bool:
+    """Whether an evaluation was begun in a folder: before the first episode has ended its settings are all there is."""
+    try:
+        return {"policy", "environments"} <= _read_object(path / SETTINGS).keys()
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     records: dict[int, dict[str, Any]] = {}
-    broken = 0
+    broken: list[int] = []
+    odd: list[str] = []
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:
         notes.append(f"No {METRICS}: there are no learning curves.")
         return []
-    for line in lines[:-1]:  # the last one is being written, or empty
+    for number, line in enumerate(lines[:-1], 1):  # the last one is being written, or empty
         try:
-            record = json.loads(line)
-            records[int(record["iteration"])] = record
-        except (ValueError, KeyError, TypeError):
-            broken += 1
+            record = plain(json.loads(line))
+            iteration = int(record["iteration"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            broken.append(number)
+        else:
+            odd += [f"{METRICS} line {number}: {what}" for what in _drop_odd(record)]
+            records[iteration] = record | {"iteration": iteration}
     if broken:
-        notes.append(f"{broken} broken {'line' if broken == 1 else 'lines'} of {METRICS} left out.")
+        lines_are = "1 broken line" if len(broken) == 1 else f"{len(broken)} broken lines"
+        notes.append(f"{lines_are} of {METRICS} left out, the first is line {broken[0]}.")
+    if odd:
+        notes.append(f"{odd[0]} is no count and left out{f' (and {len(odd) - 1} more)' if odd[1:] else ''}.")
     if not records:
         notes.append(f"{METRICS} holds no iteration yet: there are no learning curves.")
     return [records[number] for number in sorted(records)]
 
 
+def _drop_odd(record: dict[str, Any]) -> list[str]:
+    """Takes out of a line of metrics what should be a count, or a table of counts, and is none; says what that was."""
+    odd = []
+    for key in (key for key in COUNTS if record.get(key) is not None and not is_count(record[key])):
+        odd.append(f"{key}={record.pop(key)!r:.60}")
+    for key in (key for key in TABLES if record.get(key) is not None):
+        table = record[key]
+        if not isinstance(table, dict):
+            odd.append(f"{key}={record.pop(key)!r:.60}")
+            continue
+        for name in [name for name, value in table.items() if not is_count(value)]:
+            odd.append(f"{key}.{name}={table.pop(name)!r:.60}")
+    return odd
+
+
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = plain(yaml.safe_load(path.read_text(encoding="utf-8")))
         if not isinstance(config, dict):
             raise ValueError("no mapping")
     except FileNotFoundError:
         notes.append("No config.yaml: the settings are not known.")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"config.yaml cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    except Exception as error:  # besides its own errors yaml lets out whatever int(), float() or no match raise
+        notes.append(f"config.yaml cannot be read: {reason(error)}.")
+        return {}
+    for name, section in RunConfig().model_dump().items():
+        if isinstance(section, dict) and not isinstance(config.get(name, {}), dict | None):
+            notes.append(f"config.yaml: {name}={config[name]!r:.60} is no section; its settings are not known.")
+    return config
+
+
+def _read_evaluation(path: Path, run: Run) -> None:
+    """Reads what `agentrl.evaluate.store.EvalStore` has written."""
+    try:
+        run.config = _read_object(path / SETTINGS)
+    except (OSError, ValueError, RecursionError) as error:
+        run.notes.append(f"{SETTINGS} cannot be read: {reason(error)}.")
+    run.evaluation = []
+    try:
+        found = EvalReport.model_validate_json((path / RESULT).read_bytes())
+    except FileNotFoundError:
+        run.notes.append(f"No {RESULT}: the evaluation is not complete, and figures are of the episodes played so far.")
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{RESULT} cannot be read, and figures are of the stored episodes: {reason(error)}.")
     else:
-        return config
-    return {}
+        run.evaluation = [one.model_dump(mode="json") for one in found.results]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or holds none.
+    """
+    found = plain(json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _under(value: Any, *keys: str) -> Any:
+    """What lies under nested keys; None where there is no such thing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _name(runs: Sequence[Run]) -> None:
@@ -157,7 +253,7 @@ def _name(runs: Sequence[Run]) -> None:
     kin: dict[str, list[Run]] = {}
     for run in runs:
         where = run.path.resolve()
-        run.label = str(where.relative_to(shared)) if shared else (run.config.get("name") or where.name)
+        run.label = str(where.relative_to(shared)) if shared else str(run.config.get("name") or where.name)
         settings = {key: value for key, value in run.config.items() if key not in ("seed", "name", "run_dir", "log")}
         kin.setdefault(json.dumps(settings, sort_keys=True, default=str) if settings else run.label, []).append(run)
     for members in kin.values():

@@ -69,8 +69,9 @@ function metricSeries(metric, axis, options = {}) {
     if (crowded) one.low = one.high = null;
     else if (merged.runs > 1) one.label = `${options.label || family.name}, ${merged.runs} seeds`;
     else if (options.interval) {
-      one.low = points(family.runs[0], options.interval[0], axis).ys;
-      one.high = points(family.runs[0], options.interval[1], axis).ys;
+      [one.low, one.high] = options.interval.map((bound) => points(family.runs[0], bound, axis).ys);
+      // A damaged file may lack a bound somewhere: no band then.
+      if (one.low.length !== one.ys.length || one.high.length !== one.ys.length) one.low = one.high = null;
     } else one.low = one.high = null;
     if (families().length === 1 && !options.label && merged.runs === 1) one.label = "";
     if (families().length > 1 && options.label && merged.runs === 1) one.label = `${options.label}, ${family.name}`;

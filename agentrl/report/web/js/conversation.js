@@ -41,7 +41,7 @@ function conversation(t) {
     h("header", { class: "episode" },
       h("h2", {}, get("id")),
       h("p", {}, badge(i), ` outcome ${num(get("outcome"))}, ${plural(get("turns"), "turn")}, ${get("tokens") ? plural(get("tokens"), "sampled token") + ", " : ""}${stopWords(get("stop"))}`),
-      h("p", { class: "soft" }, [get("env"), `iteration ${get("iteration")}`, `seed ${get("seed")}`, get("policy"), get("invalid") ? plural(get("invalid"), "invalid action") : ""].filter(Boolean).join(" · ")),
+      h("p", { class: "soft" }, [get("env"), `iteration ${get("iteration")}`, `seed ${get("seed")}`, get("policy"), store.fileName(i).startsWith("iteration-") ? "" : store.fileName(i), get("invalid") ? plural(get("invalid"), "invalid action") : ""].filter(Boolean).join(" · ")),
       t.task ? h("details", {}, h("summary", {}, "Task"), h("pre", {}, t.task)) : null,
       t.error ? h("p", { class: "error" }, "Error: ", t.error) : null),
     creditChart(t), groupPanel(t),

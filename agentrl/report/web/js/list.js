@@ -144,7 +144,7 @@ function listRow(i, n) {
   const chosen = store.key(i) === browse.open;
   const runs = store.summary.runs.length > 1;
   return h("div", { class: "row" + (chosen ? " chosen" : ""), id: `row-${i}`, role: "option", "aria-selected": String(chosen), "aria-setsize": browse.rows.length, "aria-posinset": n + 1, vars: { top: `${n * ROW}px` }, onclick: () => openTrajectory(i) },
-    h("span", { class: "a" }, badge(i), h("span", { class: "id" }, runs ? `${store.summary.runs[get("run")].label} · ` : "", get("id"))),
+    h("span", { class: "a" }, badge(i), h("span", { class: "id" }, runs ? `${store.summary.runs[get("run")].label} · ` : "", store.name(i))),
     h("span", { class: "b" }, strip(i, browse.mode), h("span", {}, plural(get("turns"), "turn"), get("stop") === "terminated" ? null : ` · ${words(get("stop"))}`)));
 }
 

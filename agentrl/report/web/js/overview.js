@@ -9,6 +9,8 @@ function overviewPage() {
     h("p", { class: "lead" }, runs.length === 1 ? headline(runs[0]) : headlines()),
     alarmBox(),
     resultChart(),
+    evaluationTable(),
+    attemptsTable(),
     runs.length > 1 ? familyTable() : null,
     h("section", { class: "columns" }, facts(runs[0], runs.length), timeTable(runs[0], runs.length), versions(runs)),
     absent(),
@@ -21,30 +23,37 @@ function headline(run) {
   const known = (c[HELD] || []).flatMap((value, n) => (value === null ? [] : [n]));
   if (known.length) {
     const first = known[0], end = last(known);
-    const interval = `${pct(c["eval/success/low"][end])} to ${pct(c["eval/success/high"][end])}`;
+    const [low, high] = ["low", "high"].map((bound) => c[`eval/success/${bound}`]?.[end]);
     const change = c[HELD][end] - c[HELD][first];
     if (known.length > 1) {
       parts.push("Held-out success ", change >= 0 ? "rose" : "fell", " from ", h("b", {}, pct(c[HELD][first])), " to ", h("b", {}, pct(c[HELD][end])));
     } else parts.push("Held-out success is ", h("b", {}, pct(c[HELD][end])));
-    parts.push(` (95 % interval ${interval}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
+    parts.push(` (95 % interval ${pct(low)} to ${pct(high)}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
   } else {
     const trained = (c.success || []).filter((value) => value !== null);
     if (trained.length) parts.push("Success of training episodes went from ", h("b", {}, pct(trained[0])), " to ", h("b", {}, pct(last(trained))));
   }
   const iterations = last(c.iteration || []), seconds = lastKnown(c.elapsed)?.value;
   if (parts.length) return [...parts, iterations ? ` in ${plural(iterations, "iteration")}${seconds ? ` and ${duration(seconds)}` : ""}.` : "."];
-  return outcomeSentence();
+  return run.evaluation?.length ? evaluationSentence(run.evaluation) : outcomeSentence(run.episodes);
 }
 
-/** Where there are no metrics, the trajectories speak. */
-function outcomeSentence() {
-  if (!store.count) return "There is nothing in this run yet: no metrics, no trajectories.";
-  const scorable = store.columns.success.filter((_, i) => store.get("scorable", i));
-  return [h("b", {}, pct(scorable.length ? mean(scorable) : null)), ` of ${plural(scorable.length, "episode")} succeeded${store.count > scorable.length ? `; ${count(store.count - scorable.length)} more ended by a failure of infrastructure` : ""}.`];
+/** The result of an evaluation, with its interval where it is one environment. */
+function evaluationSentence(results) {
+  const [{ success, success_interval: kind, per_task: each }] = results;
+  if (results.length > 1) return ["Mean success of ", h("b", {}, pct(mean(results.map((one) => one.success.value)))), ` over ${results.length} environments, each weighing the same.`];
+  return [h("b", {}, pct(success.value)), ` of ${plural(success.episodes, "episode")} succeeded (95\u202f% interval ${pct(success.low)} to ${pct(success.high)}, ${kind === "wilson" ? "Wilson’s" : `bootstrap over tasks of ${plural(each, "episode")}`}).`];
+}
+
+/** Where there are no metrics, the trajectories speak: all that are stored, shown or not. */
+function outcomeSentence({ scored, successes, failed }) {
+  if (!scored && !failed) return "There is nothing in this run yet: no metrics, no trajectories.";
+  return [h("b", {}, pct(scored ? successes / scored : null)), ` of ${plural(scored, "episode")} succeeded${failed ? `; ${count(failed)} more ended by a failure of infrastructure` : ""}.`];
 }
 
 function headlines() {
   const known = families();
+  if (store.summary.runs.every((run) => run.evaluation)) return `${plural(known.length, "evaluation")}.`;
   const seeds = known.map((family) => family.runs.length);
   return `${plural(store.summary.runs.length, "run")} of ${plural(known.length, "setting")}${Math.max(...seeds) > 1 ? `, up to ${Math.max(...seeds)} seeds each` : ""}.`;
 }
@@ -71,9 +80,50 @@ function bandWords(seeds) {
   return seeds ? "line: mean, band: range over seeds" : "band: 95\u202f% interval";
 }
 
+const span = ({ value, low, high }, as = pct) => `${as(value)} (${as(low)} to ${as(high)})`;
+
+/** What evaluations found, a line for each environment. */
+function evaluationTable() {
+  const { runs } = store.summary;
+  const found = runs.flatMap((run) => (run.evaluation || []).map((one) => [run, one]));
+  if (!found.length) return null;
+  const several = runs.length > 1;
+  const head = [several && "evaluation", "environment", "policy", "success", "95\u202f% interval", "outcome", "episodes", "failed", "turns", "tokens", "invalid", "time"].filter(Boolean);
+  const words = several ? 3 : 2;
+  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "evaluation" },
+    h("caption", {}, "Success on held-out tasks; intervals are Wilson’s, with several episodes a task a bootstrap over tasks. Failures of infrastructure are in no figure."),
+    h("thead", {}, h("tr", {}, head.map((name, n) => h("th", { scope: "col", class: n >= words ? "n" : null }, name)))),
+    h("tbody", {}, found.map(([run, one]) => h("tr", {},
+      h("th", { scope: "row" }, several ? run.label : one.env), several ? h("td", {}, one.env) : null, h("td", {}, one.policy),
+      [pct(one.success.value), `${pct(one.success.low)} to ${pct(one.success.high)}`, span(one.outcome, num), count(one.episodes), count(one.infrastructure_failures), num(one.turns), num(one.action_tokens), pct(one.invalid_action_rate), duration(one.seconds)]
+        .map((value) => h("td", { class: "n" }, value))))))));
+}
+
+/** pass@k and pass^k of evaluations with several episodes of each task. */
+function attemptsTable() {
+  const { runs } = store.summary;
+  const found = runs.flatMap((run) => (run.evaluation || []).filter((one) => Object.keys(one.pass_at_k).length).map((one) => [run, one]));
+  if (!found.length) return null;
+  const name = (run, one) => [runs.length > 1 ? run.label : "", runs.length > 1 && run.evaluation.length === 1 ? "" : one.env].filter(Boolean).join(", ");
+  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "attempts" },
+    h("caption", {}, "Several episodes of each task: pass@k is the chance that one of k succeeds, pass^k that all do, with 95\u202f% bootstrap intervals over tasks"),
+    h("thead", {}, h("tr", {}, ["evaluation", "k", "pass@k", "pass^k"].map((title, n) => h("th", { scope: "col", class: n ? "n" : null }, title)))),
+    h("tbody", {}, found.map(([run, one]) => Object.entries(one.pass_at_k).map(([k, at], n) => h("tr", {},
+      h("th", { scope: "row" }, n ? "" : name(run, one)), [k, span(at), one.pass_hat_k[k] ? span(one.pass_hat_k[k]) : "–"].map((value) => h("td", { class: "n" }, value)))))))));
+}
+
+/** Final success of a run: held out, else in training, else of its evaluation or its episodes. */
+function finalSuccess(run) {
+  const trained = lastKnown(run.curves[HELD])?.value ?? lastKnown(run.curves.success)?.value;
+  if (trained !== undefined) return trained;
+  if (run.evaluation?.length) return mean(run.evaluation.map((one) => one.success.value));
+  return run.episodes.scored ? run.episodes.successes / run.episodes.scored : undefined;
+}
+
 function familyTable() {
-  const rows = families().map((family) => {
-    const finals = family.runs.map((run) => lastKnown(run.curves[HELD])?.value ?? lastKnown(run.curves.success)?.value).filter((v) => v !== undefined);
+  // Complete evaluations have a table of their own.
+  const rows = families().filter((family) => family.runs.some((run) => !run.evaluation?.length)).map((family) => {
+    const finals = family.runs.map(finalSuccess).filter((v) => v !== undefined);
     const range = finals.length > 1 ? `${pct(Math.min(...finals))} to ${pct(Math.max(...finals))}` : "–";
     const time = mean(family.runs.map((run) => lastKnown(run.curves.elapsed)?.value ?? 0));
     return h("tr", {},
@@ -83,8 +133,9 @@ function familyTable() {
       h("td", { class: "n" }, finals.length ? pct(mean(finals)) : "–"), h("td", { class: "n" }, range),
       h("td", { class: "n" }, last(family.runs[0].curves.iteration || []) ?? "–"), h("td", { class: "n" }, time ? duration(time) : "–"));
   });
+  if (!rows.length) return null;
   return h("div", { class: "scroll families" }, h("table", {},
-    h("caption", {}, "Final success (held out where it was evaluated), mean over seeds"),
+    h("caption", {}, "Final success (held out where it was evaluated, of all stored episodes where nothing was trained), mean over seeds"),
     h("thead", {}, h("tr", {}, ["setting", "credit", "runs", "success", "range", "iterations", "wall time"].map((t, n) => h("th", { scope: "col", class: n > 1 ? "n" : null }, t)))),
     h("tbody", {}, rows)));
 }
@@ -93,14 +144,18 @@ function familyTable() {
 function facts(run, runs) {
   const g = (key) => run.config[key];
   const method = g("credit.method");
-  const env = g("env.id") ?? [...new Set(store.columns.env || [])].join(", ");
-  const policies = [...new Set(store.columns.policy || [])].filter(Boolean).join(", ");
+  const distinct = (name) => [...new Set((store.columns[name] || []).filter((_, i) => store.summary.runs[store.get("run", i)] === run))].filter(Boolean).join(", ");
+  const env = g("env.id") ?? distinct("env"), policies = g("policy.name") ?? distinct("policy");
   const rows = [
     ["environment", env],
     ["credit method", method],
     ["rollout", g("rollout.groups") && `${g("rollout.groups")} groups of ${g("rollout.group_size")} episodes, history ${g("rollout.history")}`],
     ["model", g("model.path") && `${g("model.path")} (${g("model.dtype")}, ${g("model.device")})`],
     ["policy", policies],
+    ["episodes asked for", run.evaluation && g("episodes") && `${count(g("episodes"))} in each environment, ${g("per_task")} of each task`],
+    ["sampling", run.evaluation && g("sampling.max_new_tokens") && `temperature ${g("sampling.temperature")}, top-p ${g("sampling.top_p")}, top-k ${g("sampling.top_k")}, at most ${plural(g("sampling.max_new_tokens"), "token")} a turn`],
+    ["history", run.evaluation && g("rollout.history")],
+    ["outcome", run.evaluation && g("outcome.rule") && `${g("outcome.rule")}${g("outcome.success_above") === null ? "" : ` above ${g("outcome.success_above")}`}; episodes cut off: ${g("outcome.truncated")}`],
     ["iterations", run.curves.iteration && `${last(run.curves.iteration)} of ${g("iterations")}`],
     ["training episodes", run.curves.episodes && count(sum(run.curves.episodes))],
     ["tokens sampled", run.curves.action_tokens && count(sum(run.curves.action_tokens))],

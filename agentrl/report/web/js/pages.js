@@ -45,7 +45,7 @@ function curveFigure(spec) {
 
 function curvesPage() {
   const any = store.summary.runs.some((run) => (run.curves.iteration || []).length);
-  if (!any) return [h("h1", {}, "Learning curves"), empty("No learning curves", "There is no ", h("code", {}, "metrics.jsonl"), " with a finished iteration: this is a file of trajectories, or a run that has just begun.")];
+  if (!any) return [h("h1", {}, "Learning curves"), empty("No learning curves", "There is no ", h("code", {}, "metrics.jsonl"), " with a finished iteration: this is an evaluation, a file of trajectories, or a run that has just begun.")];
   const pick = h("div", { class: "segments", role: "group", "aria-label": "Horizontal axis" }, Object.entries({ iteration: "by iteration", elapsed: "by wall time" }).map(([axis, name]) =>
     h("button", { type: "button", "aria-pressed": String(view.axis === axis), onclick: () => { view.axis = axis; showPage(); } }, name)));
   return [h("div", { class: "heading" }, h("h1", {}, "Learning curves"), pick), CURVES.map(([title, specs]) => {
@@ -135,12 +135,12 @@ function droppedPage() {
       h("tbody", {}, run.dropped.map((row) => h("tr", { class: row.count ? null : "none" },
         h("th", { scope: "row" }, row.what), h("td", { class: "n" }, count(row.count)), h("td", { class: "n" }, row.of && row.count ? pct(row.count / row.of) : "–"),
         h("td", {}, row.why, row.count && row.iterations.length ? h("span", { class: "soft" }, ` ${where(row.iterations)}`) : null)))))),
-    Object.keys(run.stops).length ? h("p", {}, "All training episodes by how they ended: ", Object.entries(run.stops).map(([name, n]) => `${count(n)} ${words(name)}`).join(", "), ".") : null));
+    Object.keys(run.stops).length ? h("p", {}, run.evaluation ? "All episodes" : "All training episodes", " by how they ended: ", Object.entries(run.stops).map(([name, n]) => `${count(n)} ${words(name)}`).join(", "), ".") : null));
   const errors = Object.entries(list.errors);
   return [
     h("h1", {}, "Dropped, and why"),
     h("p", { class: "lead small" }, "A failure of infrastructure is never a reward of zero: it is counted here and left out of every mean, baseline and pair."),
-    tables.length ? tables : empty("No counts", "Counts stand in ", h("code", {}, "metrics.jsonl"), ", which is not here or holds no iteration yet."),
+    tables.length ? tables : empty("No counts", "Counts stand in ", h("code", {}, "metrics.jsonl"), ", of evaluations in ", h("code", {}, "result.json"), ", which is not here or not complete yet."),
     errors.length ? h("section", {}, h("h2", {}, "Errors of failed episodes"), h("div", { class: "scroll" }, h("table", {}, head(["message", "times"]), h("tbody", {}, errors.map(([message, n]) => h("tr", {}, h("td", { class: "mono" }, message), h("td", { class: "n" }, count(n)))))))) : null,
     absent(),
   ];
@@ -152,7 +152,7 @@ function configPage() {
   const { runs, defaults } = store.summary;
   const known = runs.filter((run) => Object.keys(run.config).length);
   const title = h("h1", {}, "Configuration");
-  if (!known.length) return [title, empty("No configuration", "A run leaves its settings in ", h("code", {}, "config.yaml"), "; there is none here.")];
+  if (!known.length) return [title, empty("No configuration", "A run leaves its settings in ", h("code", {}, "config.yaml"), ", an evaluation in ", h("code", {}, "settings.json"), "; there is none here.")];
   const body = h("tbody", {});
   const columns = known.length <= 6 ? known : known.slice(0, 6);
   const fill = () => {

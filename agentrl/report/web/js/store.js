@@ -16,7 +16,18 @@ const store = {
     this.columns = list.columns;
     this.count = list.count;
     this.place = new Map();
-    for (let i = 0; i < this.count; i++) this.place.set(this.key(i), i);
+    this.keys = [];
+    this.names = new Map();
+    for (let i = 0; i < this.count; i++) {
+      const { label, files } = this.summary.runs[this.get("run", i)];
+      const base = [label, files[this.get("file", i)], this.get("iteration", i), this.get("id", i)].join("|");
+      let key = base;
+      for (let n = 2; this.place.has(key); n++) key = `${base}|${n}`; // a file may hold an id twice
+      this.keys.push(key);
+      this.place.set(key, i);
+      const name = this.get("run", i) + "|" + this.get("id", i);
+      this.names.set(name, (this.names.get(name) || new Set()).add(this.get("file", i)));
+    }
     this.groups = new Map();
     for (let i = 0; i < this.count; i++) {
       const group = this.groupKey(i);
@@ -34,8 +45,16 @@ const store = {
   },
 
   get: (name, i) => (store.columns[name] ? store.columns[name][i] : undefined),
-  key: (i) => `${store.summary.runs[store.get("run", i)].label}|${store.get("iteration", i)}|${store.get("id", i)}`,
-  groupKey: (i) => `${store.get("run", i)}|${store.get("iteration", i)}|${store.get("group", i)}`,
+  key: (i) => store.keys[i],
+  groupKey: (i) => ["run", "file", "iteration", "group"].map((name) => store.get(name, i)).join("|"),
+  fileName: (i) => store.summary.runs[store.get("run", i)].files[store.get("file", i)],
+
+  /** The id, with its file where another file of the run has the same one. */
+  name(i) {
+    const id = store.get("id", i);
+    return store.names.get(store.get("run", i) + "|" + id).size > 1 ? `${id} · ${store.fileName(i)}` : id;
+  },
+
   members: (i) => store.groups.get(store.groupKey(i)) || [i],
 
   /** Returns a promise of chunk `n`: `{strings, rows}`. */

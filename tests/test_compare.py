@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,58 @@ def test_a_suite_ranks_policies_and_plays_nothing_twice(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     rows = [(row["policy"], row["mean_success"]) for row in written["rows"]]
     assert rows == [(row.policy, row.mean_success) for row in board.rows]
+
+
+MIXED = """
+episodes: 4
+environments:
+  lock: {id: Lock-v0}
+  small: {id: Sokoban-v0, kwargs: {max_solution: 3}}
+policies:
+  mended: {policy: "mortal_agents:act", only: [lock]}
+  solver: {policy: lock-solver, only: [lock]}
+  random: {policy: random}
+"""
+
+
+def test_a_policy_that_fails_stops_no_other_and_is_played_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mortal_agents.py").write_text(
+        "from pathlib import Path\ndef act(observation):\n    return Path('moves.txt').read_text().strip()\n"
+    )
+    (tmp_path / "suite.yaml").write_text(MIXED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+    def play() -> Any:
+        return CliRunner().invoke(app, ["leaderboard", "suite.yaml", "--out", "out"], env={"COLUMNS": "200"})
+
+    first = play()
+    assert first.exit_code == 1, first.output
+    assert "failed: mended in lock: " in first.output
+    assert "No such file or directory: 'moves.txt'" in first.output
+    written = json.loads(Path("out/leaderboard.json").read_text())
+    assert {row["policy"]: sorted(row["results"]) for row in written["rows"]} == {
+        "mended": [],
+        "solver": ["lock"],
+        "random": ["lock", "small"],
+    }
+    table = Path("out/leaderboard.md").read_text()
+    assert "| mended | failed | - | - |" in table
+    assert "* mended in lock: " in table
+    kept = {file: file.stat().st_mtime_ns for file in Path("out").rglob("*.jsonl") if "mended" not in file.parts}
+    assert len(kept) == 3
+    Path("moves.txt").write_text("a")
+    second = play()
+    assert second.exit_code == 0, second.output
+    assert "failed" not in Path("out/leaderboard.md").read_text()
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "what was played stays"
+    suite = load_suite("suite.yaml")
+    suite.episodes = 8
+    with pytest.raises(UserError, match="episodes=4, now episodes=8"):
+        play_suite(suite, "out")
+    assert json.loads(Path("out/leaderboard.json").read_text())["rows"][0]["policy"] == "random", "it is still there"
 
 
 @pytest.mark.parametrize(

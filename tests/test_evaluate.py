@@ -21,15 +21,16 @@ from typer.testing import CliRunner
 
 from agentrl.buffer import read_jsonl
 from agentrl.cli import app
+from agentrl.cli.evaluate import Running, _Watch, short
 from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, DataError, InfrastructureError, UserError
-from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, evaluate, wilson
+from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, cluster_proportion, evaluate, wilson
 from agentrl.evaluate.functions import function_hash
 from agentrl.evaluate.texts import environment_texts
-from agentrl.policy import FunctionPolicy, PolicyRequest
+from agentrl.policy import FunctionPolicy, PolicyRequest, load_policy, register_policy
 from agentrl.rollout import Summary
-from agentrl.types import Content, Trajectory
+from agentrl.types import Content, StopReason, Trajectory
 
 
 @pytest.mark.parametrize(
@@ -482,6 +483,69 @@ def test_command_line_plays_compares_and_fails_builds(tmp_path: Path) -> None:
     assert "in 2 environments" in two.output
     assert len(EvalReport.model_validate_json((tmp_path / "two.json").read_bytes()).results) == 2
     assert max(map(len, (weak.stdout + two.stdout + better.stdout).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ((), 0, ""),
+        (("--fail-under", "0.9"), 4, "infrastructure ended {n} of 40 episodes and --max-failures is 0"),
+        (("--fail-under", "0.9", "--max-failures", "39"), 0, ""),
+        (("--max-failures", "2"), 4, "and --max-failures is 2; success is that of the other"),
+        (("--fail-under", "1", "--max-failures", "39", "--policy-arg", "digit=7"), 3, "is below 100.0%"),
+        (("--fail-under", "1", "--policy-arg", "digit=7"), 4, "is below 100.0%"),
+    ],
+)
+def test_a_build_fails_where_infrastructure_ended_episodes(options: tuple[str, ...], code: int, says: str) -> None:
+    def player(digit: int | None = None) -> FunctionPolicy:
+        return FunctionPolicy(lambda text: str(text) if digit is None else str(digit), "echo", reads="observation")
+
+    register_policy("test-echo", player)
+    result = CliRunner().invoke(
+        app,
+        ["eval", "Guess-v0", "--policy", "test-echo", "--episodes", "40", "--env-arg", "fault=[0,1,2,3]", *options],
+        env={"COLUMNS": "80"},
+    )
+    failed = evaluate(echo, EnvConfig(id="Guess-v0", kwargs={"fault": [0, 1, 2, 3]}), episodes=40)
+    assert result.exit_code == code, result.output
+    assert says.format(n=failed.infrastructure_failures) in result.output
+
+
+def summary(place: int, seed: int, success: bool, reason: StopReason = StopReason.TERMINATED) -> Summary:
+    return Summary(place, 0, seed, float(success), success, reason, 1, 0, 0, 0.0)
+
+
+def test_the_running_interval_is_over_tasks_and_not_computed_at_every_episode() -> None:
+    time = [0.0]
+    running = Running(per_task=16, clock=lambda: time[0])
+    assert running.text() is None
+    episodes = [summary(i, i // 16, i < 32) for i in range(64)]
+    for one in episodes:
+        running.add(one)
+    running.add(summary(64, 4, False, StopReason.POLICY_ERROR))
+    over_tasks = cluster_proportion([one.success for one in episodes], [one.seed for one in episodes], resamples=500)
+    assert running.text() == short(over_tasks) != short(wilson(32, 64))
+    time[0] = 0.4
+    assert running.text() is None
+    assert running.text(now=True) == short(over_tasks)
+    time[0] = 1.0
+    assert running.text() == short(over_tasks)
+    running.reset()
+    running.add(summary(0, 0, True))
+    assert running.text(now=True) == short(cluster_proportion([True], [0]))
+    plain = Running(per_task=1)
+    plain.add(summary(0, 0, True))
+    assert plain.text() == short(wilson(1, 1))
+
+
+def test_progress_tells_of_the_environment_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = _Watch(load_policy("random"), ["First-v0", "Second-v0"], 4, per_task=1)
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(watch._bar, "update", lambda task, **new: shown.append((new["description"], new["success"])))
+    for place in range(8):
+        watch.hooks["on_summary"](summary(place % 4, place % 4, place < 4))
+    assert shown[-1] == ("Second-v0", short(wilson(0, 4)))
+    assert ("First-v0", short(wilson(4, 4))) in shown
 
 
 def test_environment_texts_are_what_the_agent_reads_and_writes() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentrl.cli.common import check_output, console, errors, success_bar
-from agentrl.cli.evaluate import short
+from agentrl.cli.evaluate import Running, short
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -101,7 +101,8 @@ def leaderboard(
 ) -> None:
     """Play several policies in several environments and rank them.
 
-    Writes [b]leaderboard.md[/b] and [b]leaderboard.json[/b], and every episode, to the folder.
+    Writes [b]leaderboard.md[/b] and [b]leaderboard.json[/b], and every episode, to the folder. A policy that fails
+    in an environment stops no other; the exit code is then 1, and the same command plays it again.
 
     Example:  [b]agentrl leaderboard benchmarks/leaderboard.yaml --out runs/leaderboard[/b]
     """
@@ -116,6 +117,11 @@ def leaderboard(
         raise
     console.print(ranking(board))
     console.print(f"written to {out / 'leaderboard.md'} and {out / 'leaderboard.json'}", soft_wrap=True)
+    for line in board.failed:
+        errors.print(Text(f"failed: {line}", style="bold red"), soft_wrap=True)
+    if board.failed:
+        errors.print("the same command plays again what failed", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 class _SuiteProgress:
@@ -124,18 +130,16 @@ class _SuiteProgress:
     def __init__(self, suite: Suite) -> None:
         self._bar = success_bar()
         self._task = self._bar.add_task(suite.name, total=suite.episodes * len(suite.cells()), success="")
-        self._cell, self._scored, self._successes, self._done = ("", ""), 0, 0, 0
+        self._cell, self._done = ("", ""), 0
+        self._running = Running(suite.per_task)
 
     def __call__(self, policy: str, env: str, one: Summary) -> None:
-        from agentrl.evaluate import wilson
-
         if self._cell != (policy, env):
-            self._cell, self._scored, self._successes = (policy, env), 0, 0
+            self._cell = (policy, env)
+            self._running.reset()
         self._done += 1
-        self._scored += one.scorable
-        self._successes += one.success
-        if self._scored and (self._done % 16 == 0 or self._scored < 64):
-            shown = short(wilson(self._successes, self._scored))
+        self._running.add(one)
+        if shown := self._running.text():
             self._bar.update(self._task, completed=self._done, description=f"{policy} {env}", success=shown)
 
     def __enter__(self) -> _SuiteProgress:
@@ -158,7 +162,10 @@ def ranking(board: Leaderboard) -> Table:
     result.add_column("mean", justify="right")
     for row in board.rows:
         mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
-        cells = [short(row.results[env].success) if env in row.results else "-" for env in board.environments]
+        cells = [
+            short(row.results[env].success) if env in row.results else "failed" if env in row.failed else "-"
+            for env in board.environments
+        ]
         if wide:
             result.add_row(row.policy, *cells, mean)
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 EXIT_BELOW = 3
 """``--fail-under`` was not reached."""
+EXIT_FAILURES = 4
+"""More infrastructure failures than ``--max-failures``: the figures are of what is left, and say too little."""
+_BETWEEN_S = 0.5
+"""Seconds between two running intervals."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -87,6 +92,15 @@ def evaluate(
         float | None,
         typer.Option("--fail-under", metavar="X", min=0, max=1, help="Exit with 3 where success is below this."),
     ] = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option(
+            "--max-failures",
+            metavar="N",
+            min=0,
+            help="Exit with 4 where infrastructure ended more episodes; default: 0 with --fail-under, else any number.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a policy or a model on held-out tasks.
 
@@ -116,7 +130,7 @@ def evaluate(
     count = episodes or config.eval.episodes
     options = assignments(policy_arg, "--policy-arg")
     player = make_policy(policy, model, options, threads or config.model.threads)
-    watch = _Watch(player, [env.id for env in envs], count)
+    watch = _Watch(player, [env.id for env in envs], count, per_task)
     try:
         with watch, may_leave(player):
             found = measure(
@@ -150,15 +164,53 @@ def evaluate(
         )
     if len(envs) > 1 and (usage := usage_rows(player)):
         console.print(table("Cost", usage))
-    if fail_under is not None:
-        check_reached(found.results, fail_under)
+    check_reached(found.results, fail_under, max_failures)
+
+
+class Running:
+    """The success of one policy in one environment so far, with the interval that its result will have.
+
+    Args:
+        per_task: episodes of each task; from 2 on the interval is over tasks.
+        clock: seconds; for tests.
+    """
+
+    def __init__(self, per_task: int, clock: Callable[[], float] = monotonic) -> None:
+        self._per_task, self._clock = per_task, clock
+        self._shown = -_BETWEEN_S
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew, in another environment or with another policy."""
+        self._successes: list[bool] = []
+        self._tasks: list[int] = []
+
+    def add(self, one: Summary) -> None:
+        """Counts an episode; infrastructure failures are in no rate."""
+        if one.scorable:
+            self._successes.append(one.success)
+            self._tasks.append(one.seed)
+
+    def text(self, *, now: bool = False) -> str | None:
+        """Returns ``45.0% [40.1, 50.2]``; None without a scored episode, or so soon after the last (unless `now`)."""
+        if not self._successes or not (now or self._clock() - self._shown >= _BETWEEN_S):
+            return None
+        from agentrl.evaluate import cluster_proportion, wilson
+
+        if self._per_task > 1:
+            found = cluster_proportion(self._successes, self._tasks, resamples=500)
+        else:
+            found = wilson(sum(self._successes), len(self._successes))
+        self._shown = self._clock()
+        return short(found)
 
 
 class _Watch:
-    """Progress over the episodes of all environments, with the running success and its interval."""
+    """Progress over the episodes of all environments, with the running success in the one that is being played."""
 
-    def __init__(self, player: Policy, envs: Sequence[str], count: int) -> None:
-        self.episodes = self._scored = self._successes = 0
+    def __init__(self, player: Policy, envs: Sequence[str], count: int, per_task: int) -> None:
+        self.episodes = 0
+        self._running = Running(per_task)
         self._plain = EpisodeProgress(envs[0], count, shown=False) if player.interactive else None
         self.hooks: dict[str, Any] = {"on_summary": self._add}
         if self._plain is not None:
@@ -168,14 +220,13 @@ class _Watch:
         self._task = self._bar.add_task(envs[0], total=count * len(envs), success="")
 
     def _add(self, one: Summary) -> None:
-        from agentrl.evaluate import wilson
-
-        env = self._envs[min(self.episodes // self._count, len(self._envs) - 1)]
+        place, inside = divmod(self.episodes, self._count)
+        if inside == 0:
+            self._running.reset()
         self.episodes += 1
-        self._scored += one.scorable
-        self._successes += one.success
-        if self._scored and (self.episodes % 16 == 0 or self._scored < 64 or self.episodes % self._count == 0):
-            shown = short(wilson(self._successes, self._scored))
+        self._running.add(one)
+        if shown := self._running.text(now=inside + 1 == self._count):
+            env = self._envs[min(place, len(self._envs) - 1)]
             self._bar.update(self._task, completed=self.episodes, description=env, success=shown)
 
     def __enter__(self) -> _Watch:
@@ -193,13 +244,33 @@ def short(rate: Proportion) -> str:
     return f"{rate.value:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def check_reached(results: Sequence[EvalResult], least: float) -> None:
-    """Exits with 3 where success is below `least` in some environment, naming each."""
-    below = [one for one in results if one.success.value < least]
+def check_reached(results: Sequence[EvalResult], least: float | None, most_failures: int | None = None) -> None:
+    """Exits where an environment's episodes failed or its success is too low, naming each.
+
+    Args:
+        results: one for each environment.
+        least: success below it exits with 3; None: any will do.
+        most_failures: more infrastructure failures in one environment exit with 4, whatever the success of the other
+            episodes is; None is 0 where `least` is given, and any number otherwise.
+    """
+    if most_failures is None and least is not None:
+        most_failures = 0
+    below = [one for one in results if least is not None and one.success.value < least]
     for one in below:
         errors.print(
             f"{one.policy} in {one.env}: success {one.success.value:.1%} is below {least:.1%}", style="bold red"
         )
+    failed = [one for one in results if most_failures is not None and one.infrastructure_failures > most_failures]
+    for one in failed:
+        errors.print(
+            f"{one.policy} in {one.env}: infrastructure ended {one.infrastructure_failures} of {one.episodes} episodes "
+            f"and --max-failures is {most_failures}; success is that of the other {one.success.episodes}. The first: "
+            f"{one.first_failure}",
+            style="bold red",
+            soft_wrap=True,
+        )
+    if failed:
+        raise typer.Exit(EXIT_FAILURES)
     if below:
         raise typer.Exit(EXIT_BELOW)
 

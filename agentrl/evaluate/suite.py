@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,9 +13,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from agentrl.config.load import check_keys, checked, read_yaml
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig, Section
-from agentrl.errors import UserError
+from agentrl.errors import AgentRLError, UserError
 from agentrl.evaluate.evaluate import evaluate
 from agentrl.evaluate.result import EvalResult
+from agentrl.evaluate.store import OtherEvaluation
 from agentrl.files import atomic_write
 from agentrl.policy import Policy, Sampling, load_policy
 from agentrl.rollout import Summary, run
@@ -100,6 +101,8 @@ class Row(BaseModel):
     policy: str
     results: dict[str, EvalResult]
     """By environment."""
+    failed: dict[str, str] = Field(default_factory=dict)
+    """Environments that it could not be evaluated in: why."""
     mean_success: float | None
     """Over all environments, each weighing the same; None where it did not play all."""
 
@@ -111,18 +114,29 @@ class Leaderboard(BaseModel):
     environments: list[str]
     rows: list[Row]
 
+    @property
+    def failed(self) -> list[str]:
+        """What could not be evaluated, one line each."""
+        return [f"{row.policy} in {env}: {why}" for row in self.rows for env, why in row.failed.items()]
+
     def markdown(self) -> str:
-        """Returns the table as Markdown, with 95 % intervals."""
+        """Returns the table as Markdown, with 95 % intervals, and what could not be evaluated."""
         head = ["policy", *self.environments, "mean"]
         lines = [f"# {self.name}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for row in self.rows:
-            cells = [str(row.results[env].success) if env in row.results else "-" for env in self.environments]
+            cells = [
+                str(row.results[env].success) if env in row.results else "failed" if env in row.failed else "-"
+                for env in self.environments
+            ]
             mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
             lines.append(f"| {' | '.join([row.policy, *cells, mean])} |")
         failures = sum(one.infrastructure_failures for row in self.rows for one in row.results.values())
         lines += ["", "Success with its 95 % interval, and the episodes it is out of."]
         if failures:
             lines.append(f"Infrastructure failures, in no figure: {failures}.")
+        if self.failed:
+            lines += ["", "Failed; the same command plays them again:", ""]
+            lines += ["* " + " ".join(one.split()) for one in self.failed]
         return "\n".join(lines) + "\n"
 
 
@@ -141,7 +155,8 @@ def play_suite(
 ) -> Leaderboard:
     """Plays what is missing of `suite` in the folder `out` and writes ``leaderboard.json`` and ``leaderboard.md``.
 
-    Each policy in each environment has its own folder there (`EvalStore`).
+    Each policy in each environment has its own folder there (`EvalStore`). One that fails (a server is gone, an
+    environment cannot be made) stops no other: the leaderboard has its error, and the same call plays it again.
 
     Args:
         suite: what to play.
@@ -149,34 +164,40 @@ def play_suite(
         on_summary: called with policy, environment and the summary of each episode, those already there too.
 
     Raises:
-        UserError: a policy or an environment cannot be made, or `out` holds cells of other settings.
-        InfrastructureError: a policy has no scorable episode in some environment.
+        UserError: a policy cannot be made, which is told before anything is played.
+        OtherEvaluation: `out` holds episodes of other settings.
     """
     folder = Path(out)
     for name in dict.fromkeys(policy for policy, _ in suite.cells()):
         run(suite.policies[name].load().aclose())  # a name that does not exist is told before anything is played
     results: dict[str, dict[str, EvalResult]] = {}
+    failed: dict[str, dict[str, str]] = {}
     for name, entrant in suite.policies.items():
-        mine = [env for policy, env in suite.cells() if policy == name]
         policy = entrant.load()
         try:
-            for env in mine:
-                results.setdefault(name, {})[env] = evaluate(
-                    policy,
-                    suite.environments[env],
-                    episodes=suite.episodes,
-                    per_task=suite.per_task,
-                    seed=suite.seed,
-                    rollout=suite.rollout,
-                    sampling=_sampling(suite.rollout, entrant.temperature),
-                    outcome=suite.outcome,
-                    out=folder / name / env,
-                    policy_options={**entrant.options, "model": entrant.model},
-                    on_summary=None if on_summary is None else _bound(on_summary, name, env),
-                )
+            for env in [env for policy_name, env in suite.cells() if policy_name == name]:
+                try:
+                    results.setdefault(name, {})[env] = evaluate(
+                        policy,
+                        suite.environments[env],
+                        episodes=suite.episodes,
+                        per_task=suite.per_task,
+                        seed=suite.seed,
+                        rollout=suite.rollout,
+                        sampling=_sampling(suite.rollout, entrant.temperature),
+                        outcome=suite.outcome,
+                        out=folder / name / env,
+                        policy_options={**entrant.options, "model": entrant.model},
+                        on_summary=None if on_summary is None else _bound(on_summary, name, env),
+                    )
+                except OtherEvaluation:
+                    raise
+                except Exception as error:  # a policy is anybody's code, and hours of other cells may follow
+                    told = isinstance(error, AgentRLError)
+                    failed.setdefault(name, {})[env] = str(error) if told else f"{type(error).__name__}: {error}"
         finally:
             run(policy.aclose())
-    board = leaderboard(suite.name, suite.environments, results)
+    board = leaderboard(suite.name, suite.environments, results, failed)
     for file, text in (
         ("leaderboard.json", board.model_dump_json(indent=2) + "\n"),
         ("leaderboard.md", board.markdown()),
@@ -186,14 +207,21 @@ def play_suite(
     return board
 
 
-def leaderboard(name: str, environments: Iterable[str], results: dict[str, dict[str, EvalResult]]) -> Leaderboard:
-    """Returns the leaderboard of results by policy and environment."""
+def leaderboard(
+    name: str,
+    environments: Iterable[str],
+    results: Mapping[str, dict[str, EvalResult]],
+    failed: Mapping[str, dict[str, str]] | None = None,
+) -> Leaderboard:
+    """Returns the leaderboard of results, and of errors in the place of results, by policy and environment."""
     order = list(environments)
+    failed = failed or {}
     rows = []
-    for policy, found in results.items():
+    for policy in dict.fromkeys((*results, *failed)):
+        found = results.get(policy, {})
         whole = all(env in found for env in order)
         mean = fmean(found[env].success.value for env in order) if whole else None
-        rows.append(Row(policy=policy, results=found, mean_success=mean))
+        rows.append(Row(policy=policy, results=found, failed=failed.get(policy, {}), mean_success=mean))
     rows.sort(key=lambda row: (row.mean_success is None, -(row.mean_success or 0.0), row.policy))
     return Leaderboard(name=name, environments=order, rows=rows)
 

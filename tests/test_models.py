@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,59 @@ def test_truncated_weights_are_named(directory):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="model could not be loaded"):
         load_model(directory)
+
+
+CPU_FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "17179869184 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError(CPU_FULL),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "where", ["transformers.AutoModelForCausalLM.from_pretrained", "torch.nn.Module.to", "torch.empty"]
+)
+def test_where_memory_does_not_suffice_the_message_says_how_much_is_needed_and_how_to_lower_it(
+    made, monkeypatch, error, where
+):
+    model = load_model(made[0])
+    size = 4 * sum(p.numel() for p in model.parameters())
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        for train, way in (
+            (True, r"lora\.rank=16 .*tokens_per_microbatch and rollout\.groups"),
+            (False, "smaller model"),
+        ):
+            with pytest.raises(ModelError, match=rf"not enough memory for .*take .* GiB \({size:,} bytes\)") as caught:
+                load_model(made[0], train=train)
+            assert re.search(way, str(caught.value))
+            assert "dtype=bfloat16" in str(caught.value)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(ModelError, match=rf"{size // 2:,} bytes") as caught:
+            load_model(made[0], dtype="bfloat16")
+        assert "takes half" not in str(caught.value)
+
+
+def test_other_faults_of_a_device_are_not_taken_for_a_lack_of_memory(made, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.nn.Module.to", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        load_model(made[0])
 
 
 def test_save_then_load_keeps_every_weight(made, tmp_path):

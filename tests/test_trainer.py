@@ -18,7 +18,15 @@ from toys import SOKOBAN, Echo, parrot, register, run_config, timeless
 from agentrl.batch import build_batch, score
 from agentrl.buffer import read_jsonl
 from agentrl.config import load_config
-from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, InfrastructureError, NonFiniteError, UserError
+from agentrl.errors import (
+    AgentRLError,
+    ConfigError,
+    DeadlineExceeded,
+    InfrastructureError,
+    ModelError,
+    NonFiniteError,
+    UserError,
+)
 from agentrl.models.load import load_model
 from agentrl.policy import _REGISTERED, register_policy
 from agentrl.train.checkpoint import checkpoints
@@ -173,6 +181,21 @@ def test_weights_changed_behind_the_trainers_back_stop_the_run(
     trainer.policy.model.load_state_dict(perturbed(trainer.policy.model, 0.3).state_dict())
     with pytest.raises(AgentRLError, match=r"differ from the trainer's by .* nats \(limit 0.05\)"):
         trainer.iterate()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_where_the_models_beside_the_policy_do_not_fit_the_way_out_is_said(
+    tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    def full(_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("agentrl.train.judge.twin", full)
+    config = run_config(tmp_path / "run", warm, credit={"method": "oprl"}, lora={"rank": rank})
+    words = r"models beside the policy: CUDA out of memory.*smaller model.*agentrl explain"
+    with pytest.raises(ModelError, match=words) as caught:
+        Trainer(config)
+    assert ("lora.rank=16" in str(caught.value)) == (not rank)
 
 
 def test_an_engine_without_weights_cannot_be_trained(policies: None, tmp_path: Path, warm: Path) -> None:

@@ -6,10 +6,11 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+"""Words of errors that have no type of their own: torch's CPU allocator, CUDA itself, memory maps."""
 _CHUNK = 1 << 22
 """Elements of a tensor that `fingerprint` reads at once (32 MB of int64)."""
 
@@ -109,7 +112,8 @@ def load_model(
         attn_implementation: name in transformers' attention registry.
 
     Raises:
-        ModelError: files missing or broken, weights that are not all there, no such device, an unreachable hub.
+        ModelError: files missing or broken, weights that are not all there, no such device, an unreachable hub, not
+            enough memory (with what the weights take, and how to lower it).
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -118,20 +122,25 @@ def load_model(
 
     if dtype not in ("float32", "bfloat16"):
         raise ModelError(f"dtype {dtype!r}: weights are loaded as 'float32' or 'bfloat16'")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"device {device!r} cannot be used here ({reason}); 'cpu' always can") from error
     directory = _directory(path)
+    held: DType = "float32" if train else dtype
+    what, way = f"the model {str(path)!r} on {device!r}", _smaller(dtype, train)
+    with memory_told(what, way, lambda: _weight_bytes(directory, held)):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            if _out_of_memory(error):  # a GPU that others have filled
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"device {device!r} cannot be used here ({reason}); 'cpu' always can") from error
     if directory is not None and (missing := _missing_files(directory, tokenizer=False)):
         raise ModelError(f"model directory {str(path)!r}: " + "; ".join(missing))
-    with _loading("model", path, directory):
+    with _loading("model", path, directory), memory_told(what, way, lambda: _weight_bytes(directory, held)):
         config = AutoConfig.from_pretrained(directory or str(path))
         sees = hasattr(config, "vision_config") and hasattr(config, "image_token_id")
         loaded: Any = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             directory or str(path),
-            dtype=torch.float32 if train else getattr(torch, dtype),
+            dtype=getattr(torch, held),
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
@@ -141,7 +150,8 @@ def load_model(
             f"model {str(path)!r}: {len(absent)} weights of {type(model).__name__} are not in its files and would be "
             f"random, e.g. {absent[0]!r}; is config.json the one that these weights were saved with?"
         )
-    ready: PreTrainedModel = model.to(device).eval().requires_grad_(train)
+    with memory_told(what, way, lambda: sum(t.nbytes for t in distinct(model).values())):
+        ready: PreTrainedModel = model.to(device).eval().requires_grad_(train)
     if sees:
         ready.image_reader = _load_reader(path, directory, config.image_token_id)  # type: ignore[assignment]
     if train and dtype != "float32":
@@ -373,11 +383,68 @@ def _missing_tokens(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list
 
 
 @contextlib.contextmanager
+def memory_told(what: str, way: str, need: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turns an allocation that fails into a `ModelError` that says what needed memory, how much, and how to lower it.
+
+    Args:
+        what: what is held in this memory.
+        way: how to take less.
+        need: bytes of it; 0: not known. Asked only when it failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        size = need()
+        takes = f", whose weights take {size / 2**30:.2f} GiB ({size:,} bytes)" if size else ""
+        raise ModelError(f"not enough memory for {what}{takes}: {reason}; {way}") from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in said for words in _OUT_OF_MEMORY)
+
+
+def _smaller(dtype: DType, train: bool) -> str:
+    """How a model is made to fit."""
+    half = "dtype=bfloat16 takes half" if dtype == "float32" else ""
+    if train:  # trained weights are float32 in any case
+        with_half = f" (frozen weights with model.{half})" if half else ""
+        return (
+            f"train adapters with lora.rank=16{with_half}, or a smaller model; policy_update.tokens_per_microbatch and "
+            "rollout.groups lower what a run takes on top (agentrl explain shows each part)"
+        )
+    return f"{half or 'dtype is bfloat16 already'}, else take a smaller model or another device"
+
+
+def _weight_bytes(directory: Path | None, dtype: DType) -> int:
+    """Returns what the weights in the safetensors files of `directory` take as `dtype`; 0 where it holds none."""
+    from safetensors import SafetensorError, safe_open
+
+    elements = 0
+    try:
+        for path in directory.glob("*.safetensors") if directory is not None else ():
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                elements += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError, MemoryError):  # it is only for the message
+        return 0
+    return elements * (2 if dtype == "bfloat16" else 4)
+
+
+@contextlib.contextmanager
 def _loading(what: str, path: str | Path, directory: Path | None) -> Iterator[None]:
     """Turns whatever goes wrong while loading into a ModelError."""
     try:
         with _no_progress_bars():
             yield
+    except ModelError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if directory is None:

@@ -23,7 +23,7 @@ from agentrl.config import RunConfig, dump_config
 from agentrl.credit import Advantage, Signals, load_credit
 from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError
 from agentrl.evaluate import EvalResult, evaluate
-from agentrl.models.load import load_model, load_tokenizer, save_model
+from agentrl.models.load import load_model, load_tokenizer, memory_told, save_model
 from agentrl.models.lora import BASE_FILE, check_base, has_adapter, load_adapter, load_trainable, merged
 from agentrl.policy import Sampling
 from agentrl.rollout import Collector, run
@@ -91,7 +91,8 @@ class Trainer:
         )
         self.policy = policy = make_engine(config.model, self.model, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config.policy_update)
-        self.judge = Judge(config, self.model, self.credit.needs_of(self.credit_options))
+        with memory_told("the models beside the policy", _less_memory(config)):
+            self.judge = Judge(config, self.model, self.credit.needs_of(self.credit_options))
         found = checkpoints(Path(config.run_dir) / "checkpoints")
         self.run_dir = check_run_dir(config, resume=resume, need_bytes=self._needed_bytes(len(found)))
         self.collector = Collector(policy, config.env, config.rollout, config.outcome, on_episode=on_episode)
@@ -363,6 +364,18 @@ class Trainer:
     def _due(self, every: int) -> bool:
         """Whether what happens after every `every` iterations (0: never) happens now; always after the last."""
         return every > 0 and (self.iteration % every == 0 or self.iteration == self.config.iterations)
+
+
+def _less_memory(config: RunConfig) -> str:
+    """How the models beside the policy are made to fit."""
+    one = (
+        "with lora.rank=16 all of them stand over one frozen copy of the weights; else " if not config.lora.rank else ""
+    )
+    half = "model.dtype=bfloat16 halves frozen weights; " if config.model.dtype == "float32" else ""
+    return (
+        f"{one}{half}take a smaller model. policy_update.tokens_per_microbatch and rollout.groups lower what updates "
+        "take on top (agentrl explain shows each part)"
+    )
 
 
 def train(config: RunConfig, *, resume: bool = False, **callbacks: Any) -> Metrics:

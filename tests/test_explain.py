@@ -140,9 +140,20 @@ def test_the_cache_has_room_for_the_longest_episode(model_dir: Path) -> None:
 def test_work_counts_tokens_by_history(model_dir: Path) -> None:
     lengths = estimate.Lengths(10, 20, 5, 2, measured=True)
     one_turn = estimate.work_of(config_of(model_dir), lengths)
-    assert (one_turn.sampled, one_turn.row, one_turn.read) == (192 * 20, 27, 192 * 10 * 27)
+    assert (one_turn.sampled, one_turn.row, one_turn.rows) == (192 * 20, 27, 192 * 10 * 27)
     whole = estimate.work_of(config_of(model_dir, "rollout.history=full"), lengths)
-    assert (whole.row, whole.read) == (225, 192 * 225)
+    assert (whole.row, whole.rows) == (225, 192 * 225)
+
+
+def test_what_rows_begin_with_alike_is_counted_once_on_a_cpu(model_dir: Path) -> None:
+    lengths = estimate.Lengths(10, 20, 5, 2, measured=True)
+    sizes = ["rollout.groups=6", "rollout.group_size=4"]
+    windowed = estimate.work_of(config_of(model_dir, *sizes), lengths)
+    assert windowed.read == windowed.rows - (24 * 10 - 1) * 5
+    whole = estimate.work_of(config_of(model_dir, *sizes, "rollout.history=full"), lengths)
+    assert whole.read == whole.rows - 23 * 5 - (24 - 6) * 20
+    gpu = estimate.work_of(config_of(model_dir, *sizes, "rollout.history=full", "model.device=cuda"), lengths)
+    assert gpu.read == gpu.rows == whole.rows
 
 
 def test_cost_is_two_operations_a_parameter_and_token(model_dir: Path) -> None:

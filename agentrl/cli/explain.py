@@ -75,7 +75,8 @@ def explain(
             [
                 ("episode", f"{lengths.turns:.1f} turns of {lengths.prompt:.0f} + {lengths.action:.1f} tokens"),
                 ("sampled", f"{work.sampled:,.0f} tokens"),
-                ("read", f"{work.read:,.0f} tokens in each pass over the batch, rows of {work.row:,.0f}"),
+                ("rows", f"{work.rows:,.0f} tokens, {work.row:,.0f} a row"),
+                ("read", f"{work.read:,.0f} of them in each pass: what rows begin with alike once"),
             ],
         )
     )

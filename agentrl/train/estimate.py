@@ -166,8 +166,11 @@ class Work:
 
     episodes: int
     sampled: float
+    rows: float
+    """Tokens of all rows."""
     read: float
-    """Tokens of all rows: what one scoring pass reads."""
+    """Those that one scoring pass reads: on a CPU what rows begin with alike is read once, as far as it is known here
+    (instructions, and a group's first observation)."""
     row: float
     context: float
     """Longest context of an episode."""
@@ -188,7 +191,12 @@ def work_of(config: RunConfig, lengths: Lengths) -> Work:
         longest = row
     limit = float(config.rollout.max_context_tokens)
     row = min(row, limit)
-    return Work(episodes, episodes * sampled, episodes * rows * row, row, min(longest, limit))
+    total = episodes * rows * row
+    alike = (episodes * rows - 1) * lengths.start
+    if window is None:
+        alike += (episodes - config.rollout.groups) * lengths.prompt
+    read = max(total - alike, row) if config.model.device == "cpu" else total
+    return Work(episodes, episodes * sampled, total, read, row, min(longest, limit))
 
 
 def models_of(config: RunConfig) -> dict[str, bool]:

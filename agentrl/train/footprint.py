@@ -21,7 +21,7 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
     """Returns the peak memory of a run by what holds it, in bytes.
 
     With P parameters, p trained ones (P, or those of a LoRA adapter of rank r), T = min(token budget, tokens of a
-    batch), L layers, and b = 4 bytes (float32) or 2 (bfloat16 autocast):
+    batch) less what its rows share, L layers, and b = 4 bytes (float32) or 2 (bfloat16 autocast):
 
         weights       4 P for each model (with LoRA b P for the one base, 4 p for each adapter); the policy's engine is
                       the trainer's own model and takes nothing more
@@ -54,7 +54,7 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
     p = _adapter(shape, rank) if rank else P
     b = 2 if config.model.dtype == "bfloat16" else 4
     gpu = config.model.device != "cpu"
-    budget = min(config.policy_update.tokens_per_microbatch, work.read)
+    budget = min(config.policy_update.tokens_per_microbatch, work.rows) * work.read / max(work.rows, 1.0)
     alive = min(config.rollout.concurrency, work.episodes)
     if rank:
         weights = b * P + 4 * p * trained

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from doomed import TESTS
 from toys import SOKOBAN, run_config, timeless
 from typer.testing import CliRunner
@@ -302,6 +303,18 @@ def test_another_configuration_is_refused_and_nothing_changes(copied: RunConfig)
     ):
         Trainer(other, resume=True)
     assert content(Path(copied.run_dir)) == before
+
+
+def test_a_checkpoint_older_than_a_setting_is_resumed_with_its_default_only(copied: RunConfig) -> None:
+    path = checkpoints(Path(copied.run_dir) / "checkpoints")[-1] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["rollout"]["max_episode_tokens"]
+    torch.save(state, path)
+    other = copied.model_copy(deep=True)
+    other.rollout.max_episode_tokens = 9
+    with pytest.raises(UserError, match=r"rollout\.max_episode_tokens=None then, 9 now"):
+        Trainer(other, resume=True)
+    assert train(copied, resume=True)["iteration"] == 3
 
 
 def test_a_finished_run_resumes_to_nothing(copied: RunConfig) -> None:

@@ -229,6 +229,62 @@ def test_a_first_prompt_that_is_too_long_for_everybody_is_said_aloud():
         collect(FakeModel(), env={"wordy": 50}, max_context_tokens=64)
 
 
+class Talker(FakeModel):
+    """Samples as many tokens as it may, up to `length`, and remembers how many it might have."""
+
+    def __init__(self, length=99):
+        super().__init__()
+        self.length, self.allowed = length, {}
+
+    async def act(self, requests):
+        actions = []
+        for request in requests:
+            allowed = request.sampling.max_new_tokens
+            self.allowed.setdefault(request.episode.rpartition("#")[0], []).append(allowed)
+            ids = FakeCodec._text("u" * min(allowed, self.length))
+            actions.append(PolicyAction(self.chat.decode(ids), ids, [-0.5] * len(ids)))
+        return actions
+
+
+@pytest.mark.parametrize("history", ["full", "window(0)"])
+@pytest.mark.parametrize(("budget", "allowed"), [(10, [4, 4, 2]), (8, [4, 4]), (3, [3]), (1, [1])])
+def test_an_episode_ends_when_its_tokens_are_used_up(history, budget, allowed):
+    policy = Talker()
+    limits = {"max_episode_tokens": budget, "max_new_tokens": 4, "history": history}
+    collected = collect(policy, env={"length": 99}, **limits)
+    assert collected.counts == {"token_limit": 2}
+    for trajectory in collected.trajectories:
+        assert policy.allowed[f"0/{trajectory.id}"] == allowed
+        assert trajectory.action_tokens == trajectory.metadata["used_up_tokens"] == budget
+        assert (trajectory.stop_reason, trajectory.truncated) == (StopReason.TOKEN_LIMIT, True)
+        assert trajectory.scorable
+
+
+def test_what_a_turn_leaves_is_there_for_the_next_and_an_end_in_time_is_an_end():
+    policy = Talker(length=1)
+    limits = {"max_episode_tokens": 5, "max_new_tokens": 3}
+    assert collect(policy, env={"length": 5}, members=1, **limits).counts == {"terminated": 1}
+    assert policy.allowed["0/g/0"] == [3, 3, 3, 2, 1]
+    assert collect(Talker(), env={"length": 99}, members=1, max_new_tokens=3).counts == {"token_limit": 1}, "context"
+
+
+def test_a_small_token_budget_needs_no_more_room_in_the_context():
+    first = len(FakeCodec().start("count", "start"))
+    limits = {"max_context_tokens": first + 3, "max_new_tokens": 8}
+    assert collect(Talker(), env={"length": 1}, **limits, max_episode_tokens=3).counts == {"terminated": 2}
+    with pytest.raises(UserError, match=rf"max_episode_tokens=4 it passes rollout\.max_context_tokens={first + 3}"):
+        collect(Talker(), env={"length": 1}, **limits, max_episode_tokens=4)
+
+
+def test_policies_without_tokens_have_no_token_budget():
+    class Text(Policy):
+        async def act(self, requests):
+            assert {request.sampling.max_new_tokens for request in requests} == {16}
+            return [PolicyAction("up") for _ in requests]
+
+    assert collect(Text(), env={"length": 9}, max_episode_tokens=1).counts == {"terminated": 2}
+
+
 def test_log_probs_that_are_not_finite_stop_the_run():
     with pytest.raises(NonFiniteError, match=r"fake-model.*turn 0 of episode g/0"):
         collect(FakeModel(logprob=float("nan")))

@@ -198,6 +198,19 @@ def test_where_the_models_beside_the_policy_do_not_fit_the_way_out_is_said(
     assert ("lora.rank=16" in str(caught.value)) == (not rank)
 
 
+def test_episodes_that_use_up_their_tokens_are_counted_and_trained_on(
+    tmp_path: Path, warm: Path, trainer_of: Callable[..., Trainer]
+) -> None:
+    rollout = {"groups": 2, "group_size": 4, "history": "window(0)", "max_new_tokens": 3, "max_episode_tokens": 4}
+    trainer = trainer_of(run_config(tmp_path / "run", warm, rollout=rollout))
+    metrics = trainer.iterate()
+    assert metrics["stop_reasons"]["token_limit"] > 0
+    assert metrics["truncated"] == metrics["stop_reasons"]["token_limit"] / metrics["episodes"]
+    assert trainer.last is not None
+    assert max(t.action_tokens for t in trainer.last.batch.trajectories) == 4
+    assert metrics["logprob_mismatch"] < 1e-4
+
+
 def test_an_engine_without_weights_cannot_be_trained(policies: None, tmp_path: Path, warm: Path) -> None:
     register_policy("weightless", lambda **_: parrot(1.0))
     with pytest.raises(UserError, match=r"model.engine='weightless' has no weights and cannot be trained"):

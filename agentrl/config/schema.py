@@ -102,6 +102,10 @@ class RolloutConfig(Section):
     """Token limit of one turn."""
     max_context_tokens: int = Field(default=2048, ge=8)
     """Token limit of one context; an episode that would pass it stops with ``token_limit``."""
+    max_episode_tokens: int | None = Field(default=None, ge=1)
+    """Token limit of one episode: what is sampled in all its turns. A turn may sample what is left, at most
+    `max_new_tokens`; an episode that has nothing left stops with ``token_limit``. Policies without token ids are not
+    counted. None = no limit."""
     concurrency: int = Field(default=256, ge=1)
     """Episodes alive at once."""
     executor: Literal["auto", "inline", "thread", "process", "async"] = "auto"

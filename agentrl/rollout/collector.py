@@ -181,7 +181,7 @@ class Collector:
                 finally:
                     await batcher.close()
                     await self.pool.settle()
-        return _collected(ended, clock, self.rollout.max_context_tokens, shared.sampling)
+        return _collected(ended, clock, self.rollout, shared.sampling)
 
     @contextmanager
     def _alone(self) -> Any:
@@ -307,7 +307,7 @@ def _is_direct(policy: Policy, pool: EnvironmentPool) -> bool:
     return plain and pool.executor == "inline"
 
 
-def _collected(ended: _Ended, clock: Clock, limit: int, sampling: Sampling) -> Collected:
+def _collected(ended: _Ended, clock: Clock, config: RolloutConfig, sampling: Sampling) -> Collected:
     reasons, count = ended.reasons, ended.reasons.total()
     if ended.first is not None:
         first = ended.first[1].trajectory
@@ -317,9 +317,12 @@ def _collected(ended: _Ended, clock: Clock, limit: int, sampling: Sampling) -> C
                 f"retries; the first: {first.error}"
             ) from ended.first[1].cause
         if set(reasons) == {StopReason.TOKEN_LIMIT} and not ended.acted:
+            new = f"max_new_tokens={sampling.max_new_tokens}"
+            if config.max_episode_tokens is not None and config.max_episode_tokens < sampling.max_new_tokens:
+                new = f"max_episode_tokens={config.max_episode_tokens}"
             raise UserError(
                 f"no episode could act: the first prompt has {first.metadata['refused_context_tokens']} tokens; with "
-                f"max_new_tokens={sampling.max_new_tokens} it passes rollout.max_context_tokens={limit}; raise that"
+                f"{new} it passes rollout.max_context_tokens={config.max_context_tokens}; raise that"
             )
     kept = [trajectory for _, trajectory in sorted(ended.kept, key=lambda one: one[0])]
     return Collected(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -160,13 +160,15 @@ class Episode:
         if instructions:
             self._messages.append(Message(role="system", content=instructions))
 
-        limit = shared.config.max_context_tokens
         while True:
-            context = self._observe(observation)
-            if context is not None and len(context.ids) + shared.sampling.max_new_tokens > limit:
-                trajectory.metadata["refused_context_tokens"] = len(context.ids)
-                return StopReason.TOKEN_LIMIT
-            action, policy_s = await self._ask_policy(observation, info, context)
+            context, sampling = self._observe(observation), shared.sampling
+            if context is not None:
+                room = self._room(context)
+                if room < 1:
+                    return StopReason.TOKEN_LIMIT
+                if room < sampling.max_new_tokens:
+                    sampling = replace(sampling, max_new_tokens=room)
+            action, policy_s = await self._ask_policy(observation, info, context, sampling)
             answer, environment_s = await self._call_environment("step", action.text)
             try:
                 seen, reward, terminated, truncated, info = checked_step(answer)
@@ -185,6 +187,19 @@ class Episode:
         self._observation = observation
         self._messages.append(Message(role="user", content=observation))
         return None if self._context is None else self._context.observe(observation)
+
+    def _room(self, context: Context) -> int:
+        """Returns how many tokens this turn may sample; 0 at a limit, and says in the trajectory which."""
+        config, room = self._shared.config, self._shared.sampling.max_new_tokens
+        if config.max_episode_tokens is not None:
+            room = min(room, config.max_episode_tokens - self.trajectory.action_tokens)
+            if room < 1:
+                self.trajectory.metadata["used_up_tokens"] = self.trajectory.action_tokens
+                return 0
+        if len(context.ids) + room > config.max_context_tokens:
+            self.trajectory.metadata["refused_context_tokens"] = len(context.ids)
+            return 0
+        return room
 
     def _store(
         self,
@@ -222,7 +237,7 @@ class Episode:
         return (*messages[:system], *messages[-(2 * window + 1) :])
 
     async def _ask_policy(
-        self, observation: Content, info: dict[str, Any], context: Context | None
+        self, observation: Content, info: dict[str, Any], context: Context | None, sampling: Sampling
     ) -> tuple[PolicyAction, float]:
         """Returns the policy's action and the seconds its call took."""
         if self._expired is not None:
@@ -237,7 +252,7 @@ class Episode:
             context_ids=None if context is None else context.ids,
             context_images=() if context is None else context.images,
             seed=action_seed(self.job.action_seed, turn),
-            sampling=shared.sampling,
+            sampling=sampling,
         )
         self.state, self.since = "waiting for the policy", perf_counter()
         self._answer = shared.batcher.submit(self.job.order, request)

@@ -76,6 +76,21 @@ def test_a_number_is_the_action_at_that_place_and_an_empty_line_asks_again():
     assert actions(play("2\n1\n", numbers=False)[0]) == [["2", "1"]]
 
 
+def test_no_text_of_an_episode_controls_the_terminal():
+    """OSC 52 fills the clipboard, CSI moves the cursor; C1 codes are the same in one character."""
+    odd = "".join(map(chr, (*range(32), *range(127, 160)))) + "\x1b]52;c;cm0gLXJm\x07 \ud800 é 箱\tend"
+    messages = [Message(role="system", content=odd), Message(role="user", content=odd)]
+    shown = io.StringIO()
+    policy = HumanPolicy(reader=io.StringIO("1\n"), writer=shown)
+    request = PolicyRequest("e", 0, odd, messages, {"admissible_actions": [odd]})
+    [action] = asyncio.run(policy.act([request]))
+    assert action.text == odd, "what is sent is what the environment listed"
+    text = shown.getvalue()
+    assert all(letter.isprintable() or letter in "\n\t" for letter in text)
+    assert text.count(r"\x1b]52;c;cm0gLXJm\x07 \ud800 é 箱" + "\tend") == 3
+    assert text.count(r"\x9b") == text.count(r"\x0d") == text.count(r"\x7f") == 3
+
+
 def test_one_episode_is_played_after_the_other():
     played, shown = play("a\nb\nc\nd\ne\nf\n", episodes=3)
     assert actions(played) == [["a", "b"], ["c", "d"], ["e", "f"]]

@@ -18,6 +18,7 @@ from agentrl.types import text_of
 
 _LISTED = 40
 """Admissible actions that are written out."""
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class HumanPolicy(Policy):
@@ -25,7 +26,9 @@ class HumanPolicy(Policy):
 
     Each turn shows the observation (the instructions with the first one, what came of the last action with the
     others), the admissible actions where the environment lists them, and reads one line. An action may be given by its
-    number in the list. An empty line asks again; Ctrl-D leaves.
+    number in the list. An empty line asks again; Ctrl-D leaves. Control characters of what is shown, but new lines and
+    tabs, are written out (``\\x1b``): an environment, or whoever writes its texts, must not fill the clipboard or move
+    the cursor.
 
     Args:
         numbers: whether a number means the action at that place of the list. Off where actions are numbers.
@@ -103,7 +106,12 @@ class HumanPolicy(Policy):
             self._waiting.pop(0).set()
 
     def _say(self, text: str, end: str = "\n") -> None:
-        print(text, end=end, flush=True, file=self.writer or sys.stdout)
+        print(_visible(text), end=end, flush=True, file=self.writer or sys.stdout)
+
+
+def _visible(text: str) -> str:
+    """Returns `text` with control characters and halves of surrogate pairs written out."""
+    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
 
 
 def _shown(request: PolicyRequest, actions: list[str], number: int) -> str:

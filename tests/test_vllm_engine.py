@@ -239,7 +239,7 @@ def test_a_cancelled_call_leaves_the_engine_idle(policy: VLLMPolicy) -> None:
 
 def unfinished(policy: VLLMPolicy) -> int:
     if hasattr(policy.engine, "server"):
-        text = policy.engine._client.get("/metrics").text
+        text = policy.engine.connection.client.get("/metrics").text
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
         return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(names))
     return policy.engine._call(lambda: policy.engine._llm.get_num_unfinished_requests())

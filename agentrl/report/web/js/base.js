@@ -48,6 +48,7 @@ const pct = (value) => (value === null || value === undefined ? "–" : `${(100 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   if (seconds < 90) return `${num(seconds, 2)}${THIN}s`;
+  if (seconds < 600) return `${Math.floor(Math.round(seconds) / 60)}${THIN}min ${Math.round(seconds) % 60}${THIN}s`;
   const minutes = Math.round(seconds / 60);
   return minutes < 90 ? `${minutes}${THIN}min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }

@@ -28,7 +28,7 @@ function headline(run) {
     if (known.length > 1) {
       parts.push("Held-out success ", change >= 0 ? "rose" : "fell", " from ", h("b", {}, pct(c[HELD][first])), " to ", h("b", {}, pct(c[HELD][end])));
     } else parts.push("Held-out success is ", h("b", {}, pct(c[HELD][end])));
-    parts.push(` (95 % interval ${pct(low)} to ${pct(high)}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
+    parts.push(` (95\u202f% interval ${pct(low)} to ${pct(high)}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
   } else {
     const trained = (c.success || []).filter((value) => value !== null);
     if (trained.length) parts.push("Success of training episodes went from ", h("b", {}, pct(trained[0])), " to ", h("b", {}, pct(last(trained))));

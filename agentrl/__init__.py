@@ -46,7 +46,7 @@ _LAZY = {
 _PACKAGES = ("evaluate", "train")
 """Packages that can be called: their names are also those of the functions they are about."""
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # ignored: packages of these names, which mypy may meet first, by the order of its import cycle
     from agentrl.buffer import TrajectoryBuffer as TrajectoryBuffer
     from agentrl.config import RunConfig as RunConfig
     from agentrl.config import load_config as load_config
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
     from agentrl.envs import environment_ids as environment_ids
     from agentrl.envs import make as make
     from agentrl.envs import register as register
-    from agentrl.evaluate import evaluate as evaluate
+    from agentrl.evaluate import evaluate as evaluate  # type: ignore[no-redef]
     from agentrl.policy import FunctionPolicy as FunctionPolicy
     from agentrl.policy import Policy as Policy
     from agentrl.policy import load_policy as load_policy
     from agentrl.policy import register_policy as register_policy
     from agentrl.rollout import collect as collect
     from agentrl.train import Trainer as Trainer
-    from agentrl.train import train as train
+    from agentrl.train import train as train  # type: ignore[no-redef]
     from agentrl.train.sft import sft as sft
 
 __all__ = [

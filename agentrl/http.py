@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -85,17 +86,24 @@ def check_url(url: str, key_env: str) -> str:
     """Returns `url` without a slash at its end.
 
     Raises:
-        UserError: no http(s) address, or one with a user name or password, which would end up in files and logs.
+        UserError: no http(s) address; one with a user name, a query or a fragment: paths are put behind the address,
+            and what may be a key would end up in files and logs.
     """
+    bare, *rest = re.split("[?#]", url, maxsplit=1) if isinstance(url, str) else [url]
     try:
-        address = httpx.URL(url)
+        address = httpx.URL(bare)
     except (httpx.InvalidURL, TypeError) as error:
         raise UserError(f"not a URL: {error}; for example http://localhost:8000/v1") from error
     if address.scheme not in ("http", "https") or not address.host:
-        raise UserError(f"url={url!r}: an address such as http://localhost:8000/v1")
+        raise UserError(f"url={bare!r}: an address such as http://localhost:8000/v1")
     if address.userinfo:
         raise UserError(f"the URL of {address.host} holds a user name; put the key into {key_env}")
-    return url.rstrip("/")
+    if rest:
+        raise UserError(
+            f"url={bare!r} goes on with a query or a fragment (not shown: it may hold a key); give the address alone "
+            f"and put the key into {key_env}"
+        )
+    return bare.rstrip("/")
 
 
 @dataclass
@@ -122,7 +130,7 @@ class Usage:
         try:
             prompt, completion = (int(counted.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
         except TypeError as error:
-            raise ValueError(f"usage {counted!r:.200}: {error}") from error
+            raise ValueError(f"usage {counted!r}: {error}") from error  # who shows it masks keys, then cuts
         self.prompt_tokens += prompt
         self.completion_tokens += completion
         self.usd += (prompt * usd_per_million[0] + completion * usd_per_million[1]) / 1e6

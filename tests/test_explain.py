@@ -157,7 +157,8 @@ def test_what_rows_begin_with_alike_is_counted_once_on_a_cpu(model_dir: Path) ->
 
 
 def test_cost_is_two_operations_a_parameter_and_token(model_dir: Path) -> None:
-    config = config_of(model_dir, "credit={method: grpo}", "policy_update.kl_coef=0")
+    settings = ["credit={method: grpo}", "policy_update.kl_coef=0"]
+    config = config_of(model_dir, *settings, "policy_update.minibatches=1")
     shape = estimate.read_shape(str(model_dir))
     work = estimate.work_of(config, estimate.Lengths(10, 20, 0, 2, measured=True))
     found = {item.name: item.value for item in estimate.cost(config, shape, work)}
@@ -165,6 +166,13 @@ def test_cost_is_two_operations_a_parameter_and_token(model_dir: Path) -> None:
     head = 2 * shape.hidden * shape.vocab * work.sampled
     attention = 2 * shape.layers * shape.heads_width * work.row * work.read
     assert found == {"sampling": body + head + attention, "policy": pytest.approx(3 * (body + head + attention))}
+    several = estimate.cost(config_of(model_dir, *settings, "policy_update.minibatches=4"), shape, work)
+    assert several[-1].value == pytest.approx(4 * (body + head + attention)), "log-probs before the first step"
+
+
+def test_no_more_is_sampled_than_an_episode_may(model_dir: Path) -> None:
+    lengths = estimate.Lengths(10, 20, 5, 2, measured=True)
+    assert estimate.work_of(config_of(model_dir, "rollout.max_episode_tokens=7"), lengths).sampled == 192 * 7
 
 
 @pytest.mark.parametrize(

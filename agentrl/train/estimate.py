@@ -7,6 +7,7 @@ upper bounds. `agentrl.train.footprint` makes its memory of these.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -179,7 +180,7 @@ class Work:
 def work_of(config: RunConfig, lengths: Lengths) -> Work:
     """Returns the tokens of one iteration. With full history a row is an episode, else each turn is one."""
     episodes = config.rollout.groups * config.rollout.group_size
-    sampled = lengths.turns * lengths.action
+    sampled = min(lengths.turns * lengths.action, config.rollout.max_episode_tokens or math.inf)
     window = parse_history(config.rollout.history)
     turn = lengths.prompt + lengths.action
     whole = lengths.start + lengths.turns * turn
@@ -242,9 +243,9 @@ def cost(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
     if "critic" in others:
         epochs = config.critic.epochs
         found.append(Item("critic", forward * (1 + 3 * epochs), f"1 scoring pass, {epochs} epochs of updates"))
-    found.append(
-        Item("policy", forward * 3 * update.epochs, f"{update.epochs} epochs: {work.read:,.0f} tokens trained")
-    )
+    own = int(update.minibatches > 1)
+    how = f"{update.epochs} epochs: {work.read:,.0f} tokens trained" + ", 1 scoring pass" * own
+    found.append(Item("policy", forward * (3 * update.epochs + own), how))
     return found
 
 

@@ -92,12 +92,12 @@ class ChatClient:
                 try:
                     return read(self._answer(body, usage))
                 except (httpx.HTTPError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
-                    why = f"{type(error).__name__}: {error!s:.300}"
+                    why = f"{type(error).__name__}: {error}"
                 except _Busy as error:
                     why, busy = str(error), error.answer
         finally:
             usage.seconds += time.perf_counter() - started
-        why = masked(why, self._key())
+        why = masked(why, self._key())[:300]  # masked while it is whole: half a key would not be found
         raise EnvironmentFailure(
             f"{self.model!r} at {self.url}: no usable answer in {self.retries + 1} attempts: {why}"
         )
@@ -116,7 +116,7 @@ class ChatClient:
             usage.count(content.get("usage"), self.usd_per_million)
             text = content["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a chat completion: {answer.text[:200]!r}") from error
+            raise ValueError(f"not a chat completion: {answer.text!r}") from error
         if not isinstance(text, str):
             raise ValueError(f"the completion holds {type(text).__name__}, not text")
         return text

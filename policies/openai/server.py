@@ -8,7 +8,6 @@ variable or the model, so that a run ends at once instead of failing episode by 
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -54,7 +53,7 @@ class Server:
         retries: int,
         backoff_s: float,
     ) -> None:
-        self.url = _base_url(url, key_env)
+        self.url = check_url(url, key_env)
         if concurrency < 1 or timeout_s <= 0 or deadline_s <= 0 or retries < 0 or backoff_s < 0:
             raise UserError(
                 f"concurrency={concurrency}, timeout_s={timeout_s}, deadline_s={deadline_s}, retries={retries}, "
@@ -235,23 +234,6 @@ class _Call:
     @property
     def last(self) -> str:
         return f"; the last: {self.why}" if self.why else ""
-
-
-def _base_url(url: str, key_env: str) -> str:
-    """Returns `url` without a slash at its end.
-
-    Raises:
-        UserError: as `check_url`; and where a query or a fragment follows. Paths are put behind the address, and some
-            servers want keys there, which must not be shown.
-    """
-    bare, *rest = re.split("[?#]", url, maxsplit=1) if isinstance(url, str) else [url]
-    address = check_url(bare, key_env)
-    if rest:
-        raise UserError(
-            f"url={address!r} goes on with a query or a fragment (not shown: it may hold a key); give the address "
-            f"alone and put the key into {key_env}; further fields of each request go into extra"
-        )
-    return address
 
 
 def _quoted(words: object, key: str) -> str:

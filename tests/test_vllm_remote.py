@@ -484,13 +484,14 @@ def test_adapters_reach_a_server_at_a_url_through_the_exchange(
     model_dir: Path, at_url: Callable[[Acts], Fake], tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
-    url = at_url(serving(model_dir)).url
+    url = at_url(serving(model_dir, answers={"/collective_rpc": (404, "no")})).url
     model = add_adapter(load_model(model_dir), LoRAConfig(rank=2), str(model_dir))
     options: dict[str, Any] = {"url": url, "lora_rank": 2, "served_model": "served"}
     with pytest.raises(UserError, match="give exchange=DIR"):
         VLLMPolicy(model, tokenizer=tokenizer(model_dir), **options)
     policy = VLLMPolicy(model, tokenizer=tokenizer(model_dir), exchange=str(tmp_path), **options)
     policy.load_lora(model, 1)
+    assert policy.fingerprint().startswith("not read: 'served'"), "an adapter alone tells nothing of what is under it"
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("adapter-1-"), "the one before is gone"
     assert (folder / "adapter_model.safetensors").is_file()

@@ -326,7 +326,7 @@ class RemoteEngine:
             AgentRLError: the workers hold different weights.
             PolicyFailure: no answer.
         """
-        if self.url is None or self._loaded != _Loaded():
+        if self.url is None or self._loaded.weights is not None or self._loaded.sent:
             return self._surely(self._fingerprint)
         # One for evaluation alone may have no such route, or no such method behind it.
         answer = self._request("POST", "/collective_rpc", {"method": "agentrl_fingerprint"})

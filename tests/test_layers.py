@@ -17,6 +17,7 @@ LAYER = {
     "agentrl.files": 1,
     "agentrl.http": 1,
     "agentrl.images": 1,
+    "agentrl.terminal": 1,
     "agentrl.types": 1,
     "agentrl.policy": 1,
     "agentrl.envs": 1,

@@ -81,7 +81,10 @@ def read_jsonl(
                     continue
                 try:
                     trajectories.append(_from_line(line))
-                except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError
+                except (
+                    ValueError,
+                    RecursionError,
+                ) as error:  # pydantic.ValidationError, json's and Unicode's are ValueErrors
                     broken = DataError(f"{path} line {number}: {_reason(line, error)}")
                     if on_error == "raise":
                         raise DataError(
@@ -120,7 +123,9 @@ def _from_line(line: bytes) -> Trajectory:
         return Trajectory.model_validate(json.loads(line.decode()))  # json also reads halves of surrogate pairs
 
 
-def _reason(line: bytes, error: ValueError) -> str:
+def _reason(line: bytes, error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "not a trajectory: it nests deeper than can be read"
     if isinstance(error, ValidationError):
         detail = error.errors(include_url=False)[0]
         return f"not a trajectory: {'.'.join(map(str, detail['loc'])) or 'the line'}: {detail['msg']}"

@@ -24,6 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from agentrl.errors import EnvironmentFailure, UserError
+from agentrl.terminal import visible
 
 if TYPE_CHECKING:
     from agentrl.config import RolloutConfig
@@ -71,7 +72,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UserError, EnvironmentFailure) as error:
-            errors.print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
+            errors.print(Text(visible(f"Error: {error}"), style="bold red"), soft_wrap=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
             errors.print("Interrupted.")
@@ -152,7 +153,7 @@ def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     result.add_column(style="cyan", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in rows:
-        result.add_row(name, shown(value))
+        result.add_row(name, visible(shown(value)))
     return result
 
 
@@ -233,7 +234,10 @@ class EpisodeProgress:
         if self._bar.disable:  # a person plays, whom nobody else tells how it ended
             from agentrl.types import text_of
 
-            print(f"\n{text_of(trajectory.final_observation or '')}\nover: outcome {trajectory.outcome:g}", flush=True)
+            print(
+                f"\n{visible(text_of(trajectory.final_observation or ''))}\nover: outcome {trajectory.outcome:g}",
+                flush=True,
+            )
         self.episodes.append(trajectory)
         self._successes += trajectory.success
         rate = self._successes / len(self.episodes)

@@ -17,6 +17,7 @@ from rich.text import Text
 from agentrl.cli.common import EnvArg, EpisodeProgress, assignments, check_output, console, errors, table
 from agentrl.cli.listing import signature
 from agentrl.errors import AgentRLError, UserError
+from agentrl.terminal import visible
 
 if TYPE_CHECKING:
     from agentrl.envs.check import Check
@@ -164,8 +165,8 @@ def _show_environment(env_id: str) -> None:
     ]
     console.print(table(env_id, rows))
     if instructions := getattr(base, "instructions", ""):
-        console.print(Panel(Text(instructions.strip()), title="instructions", title_align="left"))
-    console.print(Panel(Text(text_of(observation)), title="first observation of seed 0", title_align="left"))
+        console.print(Panel(Text(visible(instructions.strip())), title="instructions", title_align="left"))
+    console.print(Panel(Text(visible(text_of(observation))), title="first observation of seed 0", title_align="left"))
     world.close()
 
 

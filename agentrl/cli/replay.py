@@ -17,6 +17,7 @@ from rich.text import Text
 
 from agentrl.cli.common import assignments, console, errors, shown
 from agentrl.errors import DataError, UserError
+from agentrl.terminal import visible
 
 if TYPE_CHECKING:
     from agentrl.types import Content, Trajectory, Turn
@@ -28,18 +29,6 @@ def add_commands(app: typer.Typer) -> None:
     """Adds `replay` and `rescore`."""
     app.command("replay")(replay)
     app.command("rescore")(rescore)
-
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-def visible(text: str) -> str:
-    """Returns `text` with control characters and halves of surrogate pairs written out (``\\x1b``).
-
-    What an agent or an environment said must not move the cursor, name the window or fill the clipboard. New lines and
-    tabs stay.
-    """
-    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
 
 
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Go on behind lines that cannot be read.")]

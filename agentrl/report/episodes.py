@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from agentrl.buffer.jsonl import read_jsonl
 from agentrl.errors import DataError
-from agentrl.images import attach_images, png_bytes
-from agentrl.report.plain import reason
+from agentrl.images import png_bytes
 from agentrl.report.runs import Run
 from agentrl.types import Content, ImagePart, Trajectory, group_trajectories
 
@@ -153,27 +152,11 @@ def read_tolerantly(file: Path, notes: list[str]) -> list[Trajectory]:
     except DataError as error:
         notes.append(f"{error}.")
         return []
-    except RecursionError:
-        found = _read_shallow(file, lost)
     if lost:
         lines = "1 line" if len(lost) == 1 else f"{len(lost)} lines"
         notes.append(f"{file.name}: {lines} left out, the first because: {_after_name(lost[0], file)}.")
     elif not found:
         notes.append(f"{file.name} is empty.")
-    return found
-
-
-def _read_shallow(file: Path, lost: list[DataError]) -> list[Trajectory]:
-    """Returns the trajectories of a file of which some line nests deeper than can be read."""
-    lost.clear()
-    found = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        try:
-            if line.strip():
-                found.append(Trajectory.model_validate_json(line))
-        except ValueError as error:
-            lost.append(DataError(f"{file} line {number}: {reason(error)}"))
-    attach_images(file.parent, found)
     return found
 
 

@@ -14,11 +14,11 @@ from typing import Any, TextIO
 
 from agentrl.errors import UserError
 from agentrl.policy import Policy, PolicyAction, PolicyRequest
+from agentrl.terminal import visible
 from agentrl.types import text_of
 
 _LISTED = 40
 """Admissible actions that are written out."""
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class HumanPolicy(Policy):
@@ -106,12 +106,7 @@ class HumanPolicy(Policy):
             self._waiting.pop(0).set()
 
     def _say(self, text: str, end: str = "\n") -> None:
-        print(_visible(text), end=end, flush=True, file=self.writer or sys.stdout)
-
-
-def _visible(text: str) -> str:
-    """Returns `text` with control characters and halves of surrogate pairs written out."""
-    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
+        print(visible(text), end=end, flush=True, file=self.writer or sys.stdout)
 
 
 def _shown(request: PolicyRequest, actions: list[str], number: int) -> str:

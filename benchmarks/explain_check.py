@@ -169,16 +169,28 @@ def measure(path: Path, **environment: str) -> float:
     return float(child.stdout.rpartition("PEAK ")[2])
 
 
-def check(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one setting. Returns what was foretold and what was measured, in bytes."""
+def foretell(path: Path) -> dict[str, Any]:
+    """Returns what `agentrl explain` foretells of the settings `path`, in bytes."""
     from agentrl.config import load_config
     from agentrl.train import estimate, footprint
 
+    config = load_config(path)
+    work = estimate.work_of(config, estimate.measure_lengths(config))
+    items = footprint.memory(config, estimate.read_shape(config.model.path), work)
+    return {
+        "items": {item.name: item.value for item in items},
+        "foretold": footprint.peak(items),
+        "foretold_tensors": footprint.peak([item for item in items if item.name != "allocator"]),
+    }
+
+
+def check(options: argparse.Namespace, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Runs one setting, or takes what was measured from `known`. Returns what was foretold and measured, in bytes."""
     with tempfile.TemporaryDirectory() as name:
         path = make_run(Path(name), options)
-        config = load_config(path)
-        work = estimate.work_of(config, estimate.measure_lengths(config))
-        items = footprint.memory(config, estimate.read_shape(config.model.path), work)
+        found = foretell(path)
+        if known is not None:
+            return known | found
         measured = measure(path)
         for played in Path(name).glob("run*/"):
             shutil.rmtree(played)
@@ -186,9 +198,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "settings": {name: getattr(options, name) for name in ("hidden", "layers", "budget", "method", "rank")},
         "iterations": options.iterations,
-        "items": {item.name: item.value for item in items},
-        "foretold": footprint.peak(items),
-        "foretold_tensors": footprint.peak([item for item in items if item.name != "allocator"]),
+        **found,
         "measured": measured,
         "measured_tensors": tensors,
     }
@@ -214,6 +224,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rank", type=int, default=0, help="of LoRA adapters; 0: full training")
     parser.add_argument("--grid", action="store_true", help="a spread of shapes instead of one")
     parser.add_argument("--held-out", action="store_true", help="shapes that no constant was chosen on")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="foretell the runs of this --json file anew")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -223,8 +234,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     print("| hidden | layers | budget | method | rank | foretold MB | measured | ratio | tensors | measured | ratio |")
     print("|---" * 11 + "|", flush=True)
-    for settings in GRID if options.grid else HELD_OUT if options.held_out else [{}]:
-        results.append(check(argparse.Namespace(**{**vars(options), **settings})))
+    known = json.loads(options.measured.read_text()) if options.measured else []
+    chosen = [one["settings"] for one in known] or (GRID if options.grid else HELD_OUT if options.held_out else [{}])
+    for number, settings in enumerate(chosen):
+        wanted = argparse.Namespace(**{**vars(options), **settings})
+        results.append(check(wanted, known[number] if known else None))
         print(row_of(results[-1]), flush=True)
         if options.json:  # after each: the grid takes a while
             options.json.write_text(json.dumps(results, indent=2) + "\n")

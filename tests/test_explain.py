@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from agentrl.cli import app
 from agentrl.config import load_config
 from agentrl.config.schema import LoRAConfig
+from agentrl.models import attention
 from agentrl.models.attention import PackedSequences, run_ragged
 from agentrl.models.load import load_model
 from agentrl.models.lora import add_adapter
@@ -113,7 +114,7 @@ def test_a_layer_keeps_what_the_estimate_counts(head_norms: bool, rank: int, dty
     assert per_token(3) - per_token(2) == pytest.approx(expected, rel=0.03)
 
 
-def test_the_largest_of_what_takes_turns_counts(model_dir: Path) -> None:
+def test_the_largest_of_what_takes_turns_counts(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def items(*overrides: str) -> dict[str, float]:
         config = config_of(model_dir, *overrides)
         work = estimate.work_of(config, estimate.Lengths(10, 20, 0, 2, measured=True))
@@ -127,6 +128,10 @@ def test_the_largest_of_what_takes_turns_counts(model_dir: Path) -> None:
     held = cpu["weights"] + cpu["optimiser"]
     learning = ("gradients", "activations", "backward", "logits", "allocator")
     assert cpu["peak"] == pytest.approx(held + sum(cpu[name] for name in learning))
+    tiny = items("policy_update.tokens_per_microbatch=16")
+    assert tiny["peak"] == pytest.approx(held + sum(tiny[name] for name in learning))
+    assert tiny["allocator"] > tiny["kv cache"], "a small one is not handed back before the update"
+    monkeypatch.setattr(attention, "WORTH_TRIMMING", 0)
     tiny = items("policy_update.tokens_per_microbatch=16")
     assert tiny["peak"] == pytest.approx(held + tiny["kv cache"])
 

@@ -31,6 +31,9 @@ NAME = "agentrl"
 
 WORTH_SHARING = 32
 """Tokens saved from which on it pays to read once what several sequences begin with."""
+WORTH_TRIMMING = 1 << 27
+"""Bytes of a sampler's cache from which on freed memory is handed back to the system before an update, which then has
+to ask for its pages anew."""
 
 
 class RaggedPlan(Protocol):

@@ -38,15 +38,17 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
                       largest of these counts. Slots and length double from 32 and 256 until all episodes that are
                       alive and the longest context fit
         allocator     on a CPU, `HELD` x trained models x (activations + backward): freed blocks below 32 MB that glibc
-                      keeps. With ``MALLOC_MMAP_THRESHOLD_=65536`` it is gone, at a page fault for each page of each
-                      tensor. Likely, not shown: micro-batches differ in size, and tensors of the next one do not fit
-                      the gaps of the last. On a GPU torch's caching allocator may hold some too: how much was not
-                      measured, and is left out
+                      keeps; and a kv cache of less than 128 MB, whose pages are not handed back. With
+                      ``MALLOC_MMAP_THRESHOLD_=65536`` it is gone, at a page fault for each page of each tensor.
+                      Likely, not shown: micro-batches differ in size, and tensors of the next one do not fit the gaps
+                      of the last. On a GPU torch's caching allocator may hold some too: how much was not measured, and
+                      is left out
 
     H, Q, KV, I are the widths of the hidden state, all query heads, all key-value heads and the MLP. Python, torch and
     the tokenizer come on top: about 0.5 GB of a process on a CPU.
     """
     from agentrl.batch.scoring import GPU_LOGIT_BUDGET, LOGIT_BUDGET
+    from agentrl.models.attention import WORTH_TRIMMING
 
     others = models_of(config)
     trained = 1 + sum(others.values())
@@ -84,6 +86,7 @@ def memory(config: RunConfig, shape: Shape, work: Work) -> list[Item]:
         items.append(Item("step", 4 * p, "AdamW's, when activations are gone"))
     else:
         held = (HELD_ADAPTER if rank else HELD) * trained * (activations + backward)
+        held += cache if cache < WORTH_TRIMMING else 0
         caution = "; with adapters up to 2.7 x this was measured" if rank else ""
         items.append(
             Item("allocator", held, f"gaps between tensors, which glibc keeps (MALLOC_MMAP_THRESHOLD_){caution}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from agentrl.errors import PolicyFailure, UserError
-from agentrl.models.attention import check_ragged
+from agentrl.models.attention import WORTH_TRIMMING, check_ragged
 from agentrl.models.chat import ChatCodec
 from agentrl.models.load import fingerprint, load_model, load_tokenizer
 from agentrl.models.vision import check_visual, reader_of
@@ -23,8 +23,6 @@ from policies.transformers.sampler import Aborted, Sampler, to_action
 
 _trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 """Hands freed memory back (glibc): what the engine's thread has freed is of no use to the trainer's tensors."""
-WORTH_TRIMMING = 1 << 27
-"""Bytes of cache from which on that is done: the pages that go as well have to be asked for anew by the trainer."""
 
 
 class TransformersPolicy(ModelPolicy):

@@ -18,6 +18,7 @@ LAYER = {
     "agentrl.http": 1,
     "agentrl.images": 1,
     "agentrl.terminal": 1,
+    "agentrl.versions": 1,
     "agentrl.types": 1,
     "agentrl.policy": 1,
     "agentrl.envs": 1,

@@ -87,10 +87,7 @@ def read(file: Path, skip_broken: bool) -> list[Trajectory]:
     def skipped(error: DataError) -> None:
         errors.print(_text(f"skipped {error}", "yellow"), soft_wrap=True)
 
-    try:
-        episodes = read_jsonl(file, on_error="skip" if skip_broken else "raise", on_skip=skipped)
-    except DataError as error:
-        raise DataError(visible(str(error))) from None
+    episodes = read_jsonl(file, on_error="skip" if skip_broken else "raise", on_skip=skipped)
     if not episodes:
         raise DataError(f"{file} holds no trajectory")
     return episodes

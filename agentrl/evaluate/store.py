@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from agentrl import __version__
 from agentrl.buffer import read_jsonl, write_jsonl
 from agentrl.buffer.jsonl import append_line
 from agentrl.config import dotted
@@ -33,10 +30,9 @@ from agentrl.files import atomic_write, check_writable
 from agentrl.policy import ModelPolicy, Policy, Sampling
 from agentrl.rollout import Summary, summarise
 from agentrl.types import Trajectory
+from agentrl.versions import write_versions
 
 SETTINGS, RESULT, EPISODES = "settings.json", "result.json", "trajectories"
-VERSIONS = "versions.json"
-PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "vllm", "httpx")
 _SYNC_S = 1.0
 
 
@@ -60,9 +56,11 @@ def identity(
     if isinstance(policy, ModelPolicy):
         who["weights"] = policy.fingerprint()
     elif (function := function_of(policy)) is not None:
-        who["function"] = function_hash(
-            function
-        )  # two functions may have one name: two lambdas, or one that was edited
+        # Two functions may have one name: two lambdas, or one that was edited.
+        who["function"] = function_hash(function)
+    played: dict[str, Any] = {"history": rollout.history, "max_context_tokens": rollout.max_context_tokens}
+    if rollout.max_episode_tokens is not None:  # not there without one, as in evaluations from before there was any
+        played["max_episode_tokens"] = rollout.max_episode_tokens
     return {
         "policy": who,
         "environments": [one.model_dump(mode="json") for one in envs],
@@ -75,7 +73,7 @@ def identity(
             "top_k": sampling.top_k,
             "max_new_tokens": sampling.max_new_tokens,
         },
-        "rollout": {"history": rollout.history, "max_context_tokens": rollout.max_context_tokens},
+        "rollout": played,
         "outcome": outcome.model_dump(mode="json"),
     }
 
@@ -120,7 +118,7 @@ class EvalStore:
             raise OtherEvaluation(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
         else:
             _write_json(path, self._settings)
-        _write_json(self.folder / VERSIONS, _versions())
+        write_versions(self.folder)
 
     def _check(self, path: Path) -> None:
         ours, theirs = dotted(self._settings, lists=True), dotted(read_settings(path), lists=True)
@@ -181,18 +179,6 @@ class EvalStore:
         """Writes the result of a complete evaluation."""
         with atomic_write(self.folder / RESULT) as file:
             file.write(report.model_dump_json(indent=2).encode() + b"\n")
-
-
-def _versions() -> dict[str, str]:
-    """As `agentrl.train.credit_log.write_versions` has them for a run; that module loads torch, which scripts can do
-    without."""
-    found = {"agentrl": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"system": platform.platform(), "cpus": str(os.cpu_count())}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from agentrl.errors import ModelError
-from agentrl.models.tree_attention import TokenTree, runs_of
+from agentrl.models.tree_attention import TokenTree, repeat_heads, runs_of
 
 NAME = "agentrl"
 
@@ -101,13 +101,8 @@ def sdpa(
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
             )
-        key, value = _repeat_heads(query, key, value)
+        key, value = repeat_heads(query, key, value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-
-
-def _repeat_heads(query: torch.Tensor, *stores: torch.Tensor) -> list[torch.Tensor]:
-    """Repeats the heads (dimension 1) of keys and values until there are as many as the query has."""
-    return [x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in stores]
 
 
 def _adapt_varlen(function: Any) -> Callable[..., torch.Tensor]:
@@ -121,7 +116,7 @@ def _adapt_varlen(function: Any) -> Callable[..., torch.Tensor]:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float
     ) -> torch.Tensor:
         if "enable_gqa" not in known:
-            key, value = _repeat_heads(query, key, value)
+            key, value = repeat_heads(query, key, value)
         if "scale" in known:
             own = {"scale": scale}
         else:  # the first version divides by the root of the head's size, whatever the model wants

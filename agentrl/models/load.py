@@ -10,13 +10,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentrl.errors import ModelError, UserError
 from agentrl.files import check_writable
 from agentrl.models.chat import HOW_TO_SET, ChatCodec
+from agentrl.models.memory import memory_told, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
-"""Words of errors that have no type of their own: torch's CPU allocator, CUDA itself, memory maps."""
 _CHUNK = 1 << 22
 """Elements of a tensor that `fingerprint` reads at once (32 MB of int64)."""
 
@@ -129,7 +128,7 @@ def load_model(
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            if _out_of_memory(error):  # a GPU that others have filled
+            if out_of_memory(error):  # a GPU that others have filled
                 raise
             reason = str(error).partition("\n")[0]
             raise ModelError(f"device {device!r} cannot be used here ({reason}); 'cpu' always can") from error
@@ -380,35 +379,6 @@ def _missing_tokens(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list
                 "together, or the model needs `model.resize_token_embeddings(len(tokenizer))`"
             )
     return missing
-
-
-@contextlib.contextmanager
-def memory_told(what: str, way: str, need: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turns an allocation that fails into a `ModelError` that says what needed memory, how much, and how to lower it.
-
-    Args:
-        what: what is held in this memory.
-        way: how to take less.
-        need: bytes of it; 0: not known. Asked only when it failed.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _out_of_memory(error):
-            raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        size = need()
-        takes = f", whose weights take {size / 2**30:.2f} GiB ({size:,} bytes)" if size else ""
-        raise ModelError(f"not enough memory for {what}{takes}: {reason}; {way}") from error
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in said for words in _OUT_OF_MEMORY)
 
 
 def _smaller(dtype: DType, train: bool) -> str:

@@ -48,8 +48,7 @@ class TokenTree:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Returns (T, heads, D) from query (T, heads, D) and key, value (T, kv_heads, D)."""
         if not _GROUPS_HEADS and key.shape[1] != query.shape[1]:
-            times = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
+            key, value = repeat_heads(query, key, value)
         out: Tensor = _Attend.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
         return out
 
@@ -138,6 +137,11 @@ def _batched(x: Tensor, count: int = 1) -> Tensor:
     """(count * L, heads, ...) -> (count, heads, L, ...), as the kernel wants it."""
     out: Tensor = x.unflatten(0, (count, -1)).transpose(1, 2)
     return out
+
+
+def repeat_heads(query: Tensor, *stores: Tensor) -> list[Tensor]:
+    """Repeats the heads (dimension 1) of keys and values until there are as many as the query has."""
+    return [x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in stores]
 
 
 def runs_of(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ from agentrl.evaluate.store import RESULT, SETTINGS
 from agentrl.report.data import IMAGE_MB, TRAJECTORIES, Report, make_report
 from agentrl.report.episodes import Cache
 from agentrl.report.page import payload, render
+from agentrl.versions import VERSIONS
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
@@ -117,7 +118,7 @@ def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
 
 
 def _watched(folder: Path) -> list[Path]:
-    kinds = ("*.jsonl", "config.yaml", "plan.txt", "versions.json", SETTINGS, RESULT)
+    kinds = ("*.jsonl", "config.yaml", "plan.txt", VERSIONS, SETTINGS, RESULT)
     return [
         file for kind in kinds for file in folder.rglob(kind) if "checkpoints" not in file.relative_to(folder).parts
     ]

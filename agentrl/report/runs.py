@@ -21,6 +21,7 @@ from agentrl.evaluate.store import RESULT, SETTINGS
 from agentrl.report.health import COUNTS, TABLES
 from agentrl.report.plain import is_count, plain, reason
 from agentrl.train.metrics import FILE_NAME as METRICS
+from agentrl.versions import VERSIONS
 
 SIGNS = ("config.yaml", METRICS, "trajectories")
 """A folder with one of these is a run, or an evaluation."""
@@ -111,7 +112,7 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         run.notes.append(f"plan.txt cannot be read: {error.strerror or error}.")
     try:
-        run.versions = {name: str(value) for name, value in _read_object(path / "versions.json").items()}
+        run.versions = {name: str(value) for name, value in _read_object(path / VERSIONS).items()}
     except FileNotFoundError:
         run.notes.append("Versions of packages are not recorded (made before versions.json was written).")
     except (OSError, ValueError, RecursionError) as error:

@@ -30,7 +30,7 @@ from agentrl.rollout.conversation import Conversation
 from agentrl.rollout.episode import Episode, Shared
 from agentrl.rollout.executors import Environment, Host, LocalHost, Method
 from agentrl.rollout.outcome import judged
-from agentrl.rollout.seeds import mix
+from agentrl.rollout.seeds import action_seed
 from agentrl.rollout.summary import Summary
 from agentrl.rollout.tasks import Job
 from agentrl.rollout.values import checked_observation, checked_step, stored_info
@@ -195,9 +195,9 @@ class DirectEpisode(Episode):
                 try:
                     if past is None:
                         text = function(observation)
-                    else:  # as `_turn` below: a call of its own would be a tenth of what a step takes
+                    else:  # made here: a call for it would be a twentieth of what a step takes
                         said = Conversation(instructions, past, observation, window)
-                        seed = mix(seeds, played) >> 1  # `action_seed`
+                        seed = action_seed(seeds, played)
                         text = function(PolicyRequest(key, played, observation, said, info, None, (), seed, sampling))
                 except Exception as error:
                     raise self._refusal(error) from error

@@ -12,22 +12,15 @@ neither. Six significant digits: this is for reading, nothing is trained on it.
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from agentrl import __version__
 from agentrl.batch.index import segment_sum
 from agentrl.batch.rows import Batch
 from agentrl.credit import Advantage, Signals
 from agentrl.files import atomic_write
 
 FOLDER = "credit"
-VERSIONS = "versions.json"
-PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "vllm")
 
 
 def write_credit(run_dir: Path, iteration: int, batch: Batch, signals: Signals, advantage: Advantage) -> None:
@@ -50,20 +43,3 @@ def write_credit(run_dir: Path, iteration: int, batch: Batch, signals: Signals, 
             line = {"id": trajectory.id, **{name: values[start:end] for name, values in columns.items()}}
             file.write(json.dumps(line).encode() + b"\n")
             start = end
-
-
-def write_versions(run_dir: Path, packages: Sequence[str] = PACKAGES) -> None:
-    """Writes ``versions.json``: what the run is made with. A resumed run writes it anew.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    found = {"agentrl": __version__, "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    found |= {"system": platform.platform(), "cpus": str(os.cpu_count())}
-    with atomic_write(run_dir / VERSIONS) as file:
-        file.write(json.dumps(found, indent=1).encode() + b"\n")

@@ -23,12 +23,13 @@ from agentrl.config import RunConfig, dump_config
 from agentrl.credit import Advantage, Signals, load_credit
 from agentrl.errors import AgentRLError, InfrastructureError, NonFiniteError
 from agentrl.evaluate import EvalResult, evaluate
-from agentrl.models.load import load_model, load_tokenizer, memory_told, save_model
+from agentrl.models.load import load_model, load_tokenizer, save_model
 from agentrl.models.lora import BASE_FILE, check_base, has_adapter, load_adapter, load_trainable, merged
+from agentrl.models.memory import memory_told
 from agentrl.policy import Sampling
 from agentrl.rollout import Collector, run
 from agentrl.train.checkpoint import broken, check_same_config, checkpoints, read_state, write_checkpoint
-from agentrl.train.credit_log import write_credit, write_versions
+from agentrl.train.credit_log import write_credit
 from agentrl.train.engine import check_canary, make_engine, sync_engine
 from agentrl.train.gather import Dealer, Gathered, gather
 from agentrl.train.judge import Judge
@@ -41,6 +42,7 @@ from agentrl.train.shaping import invalid_turns, trainable
 from agentrl.train.stop import StopRequest
 from agentrl.train.trackers import make_trackers
 from agentrl.types import Trajectory
+from agentrl.versions import write_versions
 
 Metrics = dict[str, Any]
 

@@ -276,12 +276,14 @@ def uniforms(seeds: np.ndarray, counter: int) -> np.ndarray:
 
 
 def _twins(requests: Sequence[PolicyRequest], past: Sequence[int]) -> dict[int, list[int]]:
-    """Returns requests with nothing cached and the same long context: the first of them -> the others."""
+    """Returns requests with nothing cached and the same context, where sharing it saves enough: first -> others."""
     found: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
-        if past[i] == 0 and len(request.context_ids or ()) >= WORTH_SHARING:
+        if past[i] == 0:
             found.setdefault(tuple(_keys(request)), []).append(i)
-    return {first: others for first, *others in found.values() if others}
+    return {
+        first: others for keys, (first, *others) in found.items() if others and len(keys) * len(others) >= WORTH_SHARING
+    }
 
 
 def _keys(request: PolicyRequest) -> list[int]:

@@ -27,8 +27,9 @@ from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, DataError, InfrastructureError, UserError
 from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, cluster_proportion, evaluate, wilson
 from agentrl.evaluate.functions import function_hash
+from agentrl.evaluate.store import identity
 from agentrl.evaluate.texts import environment_texts
-from agentrl.policy import FunctionPolicy, PolicyRequest, load_policy, register_policy
+from agentrl.policy import FunctionPolicy, PolicyRequest, Sampling, load_policy, register_policy
 from agentrl.rollout import Summary
 from agentrl.types import Content, StopReason, Trajectory
 
@@ -556,3 +557,13 @@ def test_environment_texts_are_what_the_agent_reads_and_writes() -> None:
     assert any(text.startswith("Invalid action: a digit") for text in texts)
     assert (texts, words) == environment_texts("Guess-v0", 8, seed=1)
     assert texts != environment_texts("Guess-v0", 8, seed=2)[0]
+
+
+def test_a_token_budget_of_episodes_makes_another_evaluation_and_none_leaves_old_folders_alone() -> None:
+    def played(rollout: RolloutConfig) -> dict[str, Any]:
+        policy, outcome = FunctionPolicy(lambda _: "0", "zero", reads="observation"), OutcomeConfig()
+        found = identity(policy, None, [EnvConfig(id="Lock-v0")], 4, 1, 0, rollout, Sampling(), outcome)
+        return dict(found["rollout"])
+
+    assert played(RolloutConfig()).keys() == {"history", "max_context_tokens"}
+    assert played(RolloutConfig(max_episode_tokens=7))["max_episode_tokens"] == 7

@@ -7,6 +7,8 @@ errors of an environment; and when all is over, no session and no thread is left
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import random
 import socket
@@ -241,10 +243,11 @@ def talk(address: tuple[str, int], data: bytes) -> bytes:
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
+        except OSError as error:  # the server has seen enough and closed; its answer may be waiting all the same
+            assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN), data
+        with contextlib.suppress(ConnectionResetError):
             while piece := connection.recv(65_536):
                 answer += piece
-        except (ConnectionResetError, BrokenPipeError):
-            pass
     return answer
 
 

@@ -244,7 +244,8 @@ def talk(address: tuple[str, int], data: bytes) -> bytes:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
         except OSError as error:  # the server has seen enough and closed; its answer may be waiting all the same
-            assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN), data
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+                raise
         with contextlib.suppress(ConnectionResetError):
             while piece := connection.recv(65_536):
                 answer += piece

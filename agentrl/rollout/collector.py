@@ -204,17 +204,12 @@ class Collector:
         main = asyncio.current_task()
         assert main is not None
         directly = DirectPlayer(shared, live, record=record, cancelled=main.cancelling)
-        over: list[tuple[Summary, Episode | None]] = []
-        """Direct episodes that are over and not yet counted, with the episode where it failed."""
 
         def count() -> None:
-            try:
-                for summary, failed in over:
-                    if self.on_summary is not None:
-                        self.on_summary(summary)
-                    ended.count((summary.task, summary.member), summary.stop_reason, summary.turns > 0, failed)
-            finally:
-                over.clear()
+            for summary, failed in directly.summaries(self.outcome):
+                if self.on_summary is not None:
+                    self.on_summary(summary)
+                ended.count((summary.task, summary.member), summary.stop_reason, summary.turns > 0, failed)
 
         async def play_some() -> None:
             shared.batcher.arriving()
@@ -224,7 +219,7 @@ class Collector:
                     job = waiting.popleft()
                     for attempt in range(self.rollout.retries + 1):
                         if direct:
-                            episode: Episode = self._play_now(directly, job, attempt)
+                            episode: Episode = self._play_now(directly, job, attempt, record)
                         else:
                             episode = await self._play(shared, job, attempt, live)
                         if episode.cause is None or attempt == self.rollout.retries or self.policy.interactive:
@@ -232,9 +227,7 @@ class Collector:
                         ended.retried += 1
                         self._report(episode, told)
                     if isinstance(episode, DirectEpisode) and not record:
-                        # Many are counted at once: code that runs once in a while has left the processor's caches, and
-                        # takes three times as long.
-                        over.append((episode.summary(self.outcome), episode if episode.cause is not None else None))
+                        directly.note(episode)
                     else:
                         self._finished(episode.trajectory)
                         if self.on_summary is not None:
@@ -246,6 +239,7 @@ class Collector:
                         breath = perf_counter()
             finally:
                 shared.batcher.away()
+                directly.close()
                 count()
 
         # A worker process is one environment, so that there are no more episodes alive than workers. Direct episodes
@@ -273,11 +267,11 @@ class Collector:
             del live[episode]
         return episode
 
-    def _play_now(self, player: DirectPlayer, job: Job, attempt: int) -> DirectEpisode:
+    def _play_now(self, player: DirectPlayer, job: Job, attempt: int, record: bool) -> DirectEpisode:
         try:
             return player.play(job, attempt)
         except asyncio.CancelledError:
-            if player.record:
+            if record:
                 self._finished(player.episode.trajectory)
             raise
 

@@ -11,8 +11,7 @@ Deadlines are looked at after each call, as they are for every inline environmen
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from agentrl.errors import (
 from agentrl.policy import FunctionPolicy, PolicyAction, PolicyRequest
 from agentrl.rollout.conversation import Conversation
 from agentrl.rollout.episode import Episode, Shared
-from agentrl.rollout.executors import Environment, Host, LocalHost, Method
+from agentrl.rollout.executors import Environment, Host, LocalHost
 from agentrl.rollout.outcome import judged
 from agentrl.rollout.seeds import action_seed
 from agentrl.rollout.summary import Summary
@@ -76,52 +75,50 @@ class DirectEpisode(Episode):
         shared: what it has in common with the others.
         job: what to play.
         attempt: 0, and more where it is played again.
-        record: keep the turns in `trajectory`; without, only `summary` can be had.
+        record: keep the turns in `trajectory`; without, only the numbers of `Summary` can be had.
         cancelled: says (by a number) whether the collection is being cancelled: no `await` would notice it here.
     """
 
     cause: BaseException | None = None
     state, since = "about to start", 0.0
+    played = 0
+    invalid = 0
+    total = acting = stepping = 0.0
+    solved = False
     _environment: Environment | None = None
     _observation: Content | None = None
     _context = _answer = _call = _expired = None
     _suspect = True
-    _played = _invalid = 0
-    _total = _acting = _stepping = _resetting = 0.0
-    _solved = False
+    _resetting = 0.0
 
     def __init__(self, shared: Shared, job: Job, attempt: int, *, record: bool, cancelled: Callable[[], int]) -> None:
         # Not that of `Episode`: most of what it sets is for the event loop.
         self.job, self._attempt, self._shared, self._record = job, attempt, shared, record
         self._cancelled = cancelled
+        # Read from the configuration once: its models look attributes up slowly.
+        self._deadline, self._patience = shared.config.step_deadline_s, shared.config.episode_deadline_s
         env = shared.pool.env_id
         self.trajectory = self._begin(job.task, env) if record else cast(Trajectory, _Names(job, env))
 
     def renew(self, job: Job) -> None:
-        """Makes of an episode that ended well, and is not recorded, one that is to play `job`."""
+        """Makes of an episode that ended well, and is not recorded, one that is to play `job` in its environment."""
         self.job = cast(_Names, self.trajectory).job = job
-        self._environment = self._observation = None
-        self._played = self._invalid = 0
-        self._total = self._acting = self._stepping = self._resetting = 0.0
-        self.__dict__.pop("key", None)
+        self._observation = None
+        self.played = self.invalid = 0
+        self.total = self.acting = self.stepping = self._resetting = 0.0
 
-    @cached_property
+    @property
     def key(self) -> str:  # type: ignore[override]
         shared = self._shared
         return f"{shared.label}{shared.iteration}/{self.job.task.group_id}/{self.job.order[1]}#{self._attempt}"
 
-    def _release(self) -> None:
-        if self._shared.releases:
-            super()._release()
-        elif self._environment is not None:
-            self._shared.pool.give_back(self._environment, usable=not self._suspect)
-
     @property
-    def played(self) -> int:
-        return self._played
+    def usable(self) -> bool:
+        """Whether another episode may go on in its environment."""
+        return self.cause is None and not self._suspect
 
     def play_now(self) -> None:
-        """Plays to the end, whatever the end is.
+        """Plays to the end, whatever the end is. The environment stays with the episode until it is told to `leave`.
 
         Raises:
             UserError: the environment, its arguments or its observations are not usable.
@@ -129,39 +126,57 @@ class DirectEpisode(Episode):
         """
         trajectory, shared = self.trajectory, self._shared
         self.since = began = perf_counter()
-        expires = began + shared.config.episode_deadline_s
+        expires = began + self._patience
         try:
-            self._environment = environment = shared.pool.take()
-            if not environment.made:
-                self._now("make", environment.host.make, expires)
-                environment.made = True
-            observation, info = self._started(environment.host, expires)
-            trajectory.stop_reason = self._turns(observation, info, expires)
+            if self._environment is None:
+                self._environment = shared.pool.take()
+                self._made(self._environment, expires)
+            observation, info = self._started(self._environment.host, expires)
+            trajectory.stop_reason = self._turns(self._environment.host, observation, info, expires)
         except (InfrastructureError, asyncio.CancelledError) as error:
             self._failed(error)
         finally:
             trajectory.final_observation = self._observation
-            self._release()
-            shared.clock.policy += self._acting
-            shared.clock.inline(self._stepping + self._resetting, self.since)
+            clock = shared.clock
+            clock.policy += self.acting
+            clock.environment += self.stepping + self._resetting
+            clock.last_event = self.since
+            if shared.releases:
+                self._release_policy()
 
-    def summary(self, outcome: OutcomeConfig) -> Summary:
-        """Returns what an evaluation counts of this episode, scored by `outcome`."""
-        trajectory = self.trajectory
-        reason = trajectory.stop_reason
-        value, success = 0.0, False
-        if self.cause is None:
-            value, success = judged(self._solved, self._total, reason is not _TERMINATED, outcome)
-        place, member = self.job.order
-        seconds = self._acting + self._stepping
-        seed, error = self.job.task.seed, trajectory.error
-        return Summary(place, member, seed, value, success, reason, self._played, self._invalid, 0, seconds, error)
+    def _made(self, environment: Environment, expires: float) -> None:
+        """Makes the environment, if that is still to be done."""
+        if environment.made:
+            return
+        self.state, self.since = "environment make", perf_counter()
+        try:
+            environment.host.make()
+        except (Exception, SystemExit) as error:
+            raise self._environment_failure("make", error) from error
+        now = perf_counter()
+        self._resetting += now - self.since
+        if now > expires:
+            raise self._overdue()
+        environment.made = True
 
     def _started(self, host: Host, expires: float) -> tuple[Content, dict[str, Any]]:
         """Resets the environment. Returns its first observation and info."""
         shared, job, trajectory = self._shared, self.job, self.trajectory
-        seen, info, instructions = self._now("reset", host.reset, expires, job.task.seed, dict(job.task.options))
-        self._observation = observation = checked_observation(trajectory.env, seen)
+        self._suspect = True
+        self.state = "environment reset"
+        began = self.since = perf_counter()
+        try:
+            seen, info, instructions = host.reset(job.task.seed, dict(job.task.options))
+        except (Exception, SystemExit) as error:
+            raise self._environment_failure("reset", error) from error
+        now = perf_counter()
+        self._resetting += now - began
+        if now - began > self._deadline:
+            raise self._late("reset")
+        if now > expires:
+            raise self._overdue()
+        self._suspect = False
+        self._observation = observation = seen if type(seen) is str else checked_observation(trajectory.env, seen)
         if shared.pool.instructions is not None:
             instructions = shared.pool.instructions
         trajectory.instructions = instructions
@@ -171,18 +186,15 @@ class DirectEpisode(Episode):
             shared.starts.check(trajectory, job, instructions, observation)
         return observation, info
 
-    def _turns(self, observation: Content, info: dict[str, Any], expires: float) -> StopReason:
+    def _turns(self, host: Host, observation: Content, info: dict[str, Any], expires: float) -> StopReason:
         """Plays turn after turn: the loop that everything else here is for (`benchmarks/eval_overhead.py`)."""
         shared, trajectory, record = self._shared, self.trajectory, self._record
-        policy, turns = shared.policy, trajectory.turns
-        assert isinstance(policy, FunctionPolicy)
-        assert self._environment is not None
-        function, cancelled = policy.function, self._cancelled
+        turns, cancelled, deadline = trajectory.turns, self._cancelled, self._deadline
+        function = cast(FunctionPolicy, shared.policy).function
         past: list[tuple[Content, str]] | None = None
         if shared.reads_requests:
             past, key, seeds = [], self.key, self.job.action_seed
             instructions, window, sampling = trajectory.instructions, shared.window, shared.sampling
-        host, deadline = self._environment.host, shared.config.step_deadline_s
         step = host.stepper() if isinstance(host, LocalHost) else host.step
         acting = stepping = total = 0.0
         played = invalid = 0
@@ -220,13 +232,11 @@ class DirectEpisode(Episode):
                     raise self._too_late()
                 try:  # as `checked_step`, for answers that are as they should be
                     seen, reward, terminated, truncated, info = answer
-                    plain = type(reward) is float and type(info) is dict and reward - reward == 0.0
+                    if type(reward) is not float or type(info) is not dict or reward - reward != 0.0:
+                        raise TypeError
                 except (TypeError, ValueError):
-                    plain = False
-                if not plain:
                     seen, reward, terminated, truncated, info = self._checked(answer)
                 total += reward
-                played += 1
                 if info.get("valid_action") is False:
                     invalid += 1
                 if past is not None:
@@ -237,14 +247,14 @@ class DirectEpisode(Episode):
                     flags = bool(terminated), bool(truncated)
                     turns.append(_turn(observation, text, reward, *flags, timings, stored_info(info)))
                     stepped = perf_counter()
-                self._played = played
+                self.played = played = played + 1
                 observation = seen if type(seen) is str else checked_observation(trajectory.env, seen)
                 if terminated or truncated:
-                    self._solved = bool(info.get("success", False))
+                    self.solved = bool(info.get("success", False))
                     return _TERMINATED if terminated else _TURN_LIMIT
         finally:
             self._observation = observation
-            self._acting, self._stepping, self._total, self._invalid = acting, stepping, total, invalid
+            self.acting, self.stepping, self.total, self.invalid = acting, stepping, total, invalid
 
     def _checked(self, answer: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Returns the answer of `step` with plain types.
@@ -284,30 +294,6 @@ class DirectEpisode(Episode):
         self._suspect = True
         return self._environment_failure("step", error) if isinstance(error, Exception | SystemExit) else error
 
-    def _now(self, method: Method, call: Callable[..., Any], expires: float, *arguments: Any) -> Any:
-        """Calls `make` or `reset` here and now.
-
-        Raises:
-            EnvironmentFailure: it raised.
-            DeadlineExceeded: it took longer than `step_deadline_s`, or the episode's time was up.
-            UserError: it says that the user must mend something.
-        """
-        self._suspect = True
-        self.state, self.since = f"environment {method}", perf_counter()
-        began = self.since
-        try:
-            answer = call(*arguments)
-        except (Exception, SystemExit) as error:
-            raise self._environment_failure(method, error) from error
-        now = perf_counter()
-        self._resetting += now - began
-        if method != "make" and now - began > self._shared.config.step_deadline_s:
-            raise self._late(method)
-        if now > expires:
-            raise self._overdue()
-        self._suspect = False
-        return answer
-
     def _overdue(self) -> DeadlineExceeded:
         """The episode's own deadline has passed."""
         self._expire()
@@ -319,14 +305,17 @@ class DirectPlayer:
     """Plays one direct episode after another.
 
     Making an object for each takes as long as a step of a small environment; where nothing is kept of an episode and
-    nothing went wrong in it, the next one takes over its object.
+    nothing went wrong in it, the next one takes over its object and its environment. And code that runs once in a while
+    has left the processor's caches, and takes three times as long: what is known of such episodes is noted, and made
+    summaries of many at once.
     """
 
     def __init__(
         self, shared: Shared, live: dict[Episode, None], *, record: bool, cancelled: Callable[[], int]
     ) -> None:
-        self._shared, self._live, self.record, self._cancelled = shared, live, record, cancelled
+        self._shared, self._live, self._record, self._cancelled = shared, live, record, cancelled
         self._free: DirectEpisode | None = None
+        self._noted: list[tuple[Any, ...]] = []
         self.episode: DirectEpisode
         """The last one."""
 
@@ -338,18 +327,49 @@ class DirectPlayer:
         """
         episode = self._free
         if episode is None or attempt:
-            episode = DirectEpisode(self._shared, job, attempt, record=self.record, cancelled=self._cancelled)
+            episode = DirectEpisode(self._shared, job, attempt, record=self._record, cancelled=self._cancelled)
+            self._live[episode] = None
         else:
             episode.renew(job)
         self.episode, self._free = episode, None
-        self._live[episode] = None
         try:
             episode.play_now()
-        finally:
-            del self._live[episode]
-        if not self.record and episode.cause is None and not attempt:
+        except BaseException:
+            self._retire(episode)
+            raise
+        if self._record or attempt or not episode.usable:
+            self._retire(episode)
+        else:
             self._free = episode
         return episode
+
+    def note(self, episode: DirectEpisode) -> None:
+        """Keeps the numbers of an episode that is over, for `summaries`."""
+        trajectory = episode.trajectory
+        spent = episode.acting + episode.stepping
+        numbers = trajectory.stop_reason, episode.solved, episode.total, episode.played, episode.invalid, spent
+        self._noted.append((episode.job, *numbers, trajectory.error, episode if episode.cause is not None else None))
+
+    def summaries(self, outcome: OutcomeConfig) -> Iterator[tuple[Summary, DirectEpisode | None]]:
+        """Yields what was noted since the last call, scored by `outcome`, with the episode where it failed."""
+        noted, self._noted = self._noted, []
+        for job, reason, solved, total, played, invalid, spent, error, failed in noted:
+            worth, success = 0.0, False
+            if failed is None:
+                worth, success = judged(solved, total, reason is not _TERMINATED, outcome)
+            place, member = job.order
+            seed = job.task.seed
+            yield Summary(place, member, seed, worth, success, reason, played, invalid, 0, spent, error), failed
+
+    def close(self) -> None:
+        """Gives the last environment back."""
+        if self._free is not None:
+            self._retire(self._free)
+            self._free = None
+
+    def _retire(self, episode: DirectEpisode) -> None:
+        del self._live[episode]
+        episode.leave()
 
 
 def _turn(

@@ -72,6 +72,7 @@ class Episode:
         self.since = perf_counter()
         self.cause: BaseException | None = None
         self._shared = shared
+        self._action_seed = job.action_seed
         self.trajectory = self._begin(task, pool.env_id)
         self._environment: Environment | None = None
         self._messages: list[Message] = []
@@ -121,7 +122,8 @@ class Episode:
             if timer is not None:
                 timer.cancel()
             trajectory.final_observation = self._observation
-            self._release()
+            self.leave()
+            self._release_policy()
         return trajectory
 
     def _failed(self, error: InfrastructureError | asyncio.CancelledError) -> None:
@@ -132,9 +134,12 @@ class Episode:
         self.trajectory.stop_reason, self.trajectory.error = _reason(error), str(error)
         self.cause = error
 
-    def _release(self) -> None:
+    def leave(self) -> None:
+        """Gives the environment back."""
         if self._environment is not None:
             self._shared.pool.give_back(self._environment, usable=not self._suspect)
+
+    def _release_policy(self) -> None:
         try:
             self._shared.policy.release(self.key)
         except Exception:
@@ -251,7 +256,7 @@ class Episode:
             info=info,
             context_ids=None if context is None else context.ids,
             context_images=() if context is None else context.images,
-            seed=action_seed(self.job.action_seed, turn),
+            seed=action_seed(self._action_seed, turn),
             sampling=sampling,
         )
         self.state, self.since = "waiting for the policy", perf_counter()

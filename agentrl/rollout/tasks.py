@@ -32,8 +32,14 @@ class Job(NamedTuple):
     task: Task
     order: tuple[int, int]
     """(place of the task, member): canonical order of episodes."""
-    action_seed: int
-    """`episode_seed` of this episode."""
+    seeds: tuple[int, int]
+    """What `action_seed` is made of: (hash of the collection's seed and iteration, number among its seed's members)."""
+
+    @property
+    def action_seed(self) -> int:
+        """`episode_seed` of this episode; made when it is asked for: many a plain function plays without."""
+        base, number = self.seeds
+        return mix(mix(base, self.task.seed), number)
 
 
 def jobs_of(tasks: Sequence[Task], seed: int, iteration: int) -> list[Job]:
@@ -53,11 +59,11 @@ def jobs_of(tasks: Sequence[Task], seed: int, iteration: int) -> list[Job]:
     for place, task in enumerate(tasks):
         if task.members < 1:
             raise UserError(f"task {task.group_id!r} has members={task.members}; a group has at least one")
-        before, root = played.get(task.seed, 0), mix(base, task.seed)
+        before = played.get(task.seed, 0)
         played[task.seed] = before + task.members
         for member in range(task.members):
             if member not in task.skip:
-                jobs.append(Job(task, (place, member), mix(root, before + member)))  # `episode_seed`
+                jobs.append(Job(task, (place, member), (base, before + member)))
     return jobs
 
 

@@ -9,16 +9,19 @@ their weights; and they take new weights. Policies are plugins: they are found t
 from __future__ import annotations
 
 import abc
+import asyncio
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from agentrl.errors import UnknownNameError, UserError
+from agentrl.errors import AgentRLError, PolicyFailure, UnknownNameError, UserError
 from agentrl.types import Content, ImageSpan, Message
 
 if TYPE_CHECKING:
@@ -139,9 +142,11 @@ class FunctionPolicy(Policy):
         reads: what `function` takes.
     """
 
+    batched = False  # where the function fails for one episode, it has not failed the others
+
     def __init__(
         self,
-        function: Callable[[Any], str],
+        function: Callable[[Any], Any],
         name: str | None = None,
         *,
         reads: Literal["request", "observation"] = "request",
@@ -151,9 +156,69 @@ class FunctionPolicy(Policy):
         self.reads = reads
 
     async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
-        if self.reads == "observation":
-            return [PolicyAction(text=self.function(request.observation)) for request in requests]
-        return [PolicyAction(text=self.function(request)) for request in requests]
+        """Returns what the function answers to each request.
+
+        Raises:
+            PolicyFailure: it raised.
+        """
+        with _as_failures():
+            return [PolicyAction(text=self.function(self._read(request))) for request in requests]
+
+    def _read(self, request: PolicyRequest) -> Any:
+        return request if self.reads == "request" else request.observation
+
+
+class AsyncFunctionPolicy(FunctionPolicy):
+    """An async function as a policy: episodes wait for it side by side."""
+
+    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
+        with _as_failures():
+            return list(await asyncio.gather(*map(self._one, requests)))
+
+    async def _one(self, request: PolicyRequest) -> PolicyAction:
+        return PolicyAction(text=await self.function(self._read(request)))
+
+
+@contextmanager
+def _as_failures() -> Iterator[None]:
+    """What a function raises is a failure of the policy; errors of this package say more, and stay what they are."""
+    try:
+        yield
+    except AgentRLError:
+        raise
+    except Exception as error:
+        raise PolicyFailure(f"{type(error).__name__}: {error}") from error
+
+
+def as_policy(policy: Policy | Callable[..., Any], name: str | None = None) -> Policy:
+    """Returns `policy`, or the policy that a function is, plain or async.
+
+    Args:
+        policy: a policy, or a function from the observation to the action's text; from the whole `PolicyRequest` where
+            its first parameter is called ``request`` or annotated so.
+        name: of the function in reports and trajectories; by default its own.
+
+    Raises:
+        UserError: it is neither, or takes no argument.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if not callable(policy):
+        raise UserError(f"policy is a Policy or a function observation -> action, not {type(policy).__name__}")
+    waits = any(map(inspect.iscoroutinefunction, (policy, type(policy).__call__)))
+    reads: Literal["request", "observation"] = "request" if _takes_request(policy) else "observation"
+    return (AsyncFunctionPolicy if waits else FunctionPolicy)(policy, name, reads=reads)
+
+
+def _takes_request(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of code that is not Python
+        return False
+    if not parameters:
+        raise UserError(f"{function!r} takes no argument; a policy needs one, the observation or the request")
+    first = parameters[0]
+    return first.name == "request" or first.annotation in (PolicyRequest, "PolicyRequest")
 
 
 PolicyFactory = Callable[..., Policy]

@@ -31,6 +31,11 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def moves_on(request):
+    """Moves on."""
+    return "go"
+
+
 def plain(text: str) -> str:
     """Returns `text` without colours, and with the line breaks of a narrow terminal undone."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
@@ -79,6 +84,9 @@ def test_listings() -> None:
     assert "first observation of seed 0" in details
     assert {"random", "transformers", "scripted"} <= set(run("policies").output.split())
     assert "threads=None" in run("policies", "transformers").output
+    shown = run("policies", f"{__name__}:moves_on").output
+    assert "the request" in shown
+    assert "Moves on." in shown
 
 
 def test_random_policy_to_a_file(tmp_path: Path) -> None:

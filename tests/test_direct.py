@@ -13,7 +13,7 @@ from toys import register
 from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, InfrastructureError, UserError
-from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest
+from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, load_policy
 from agentrl.rollout import Collector, Summary, Task, summarise
 from agentrl.rollout.direct import DirectEpisode
 from agentrl.types import StopReason, Trajectory
@@ -75,6 +75,10 @@ def say(request: PolicyRequest) -> str:
     return random.Random(f"{request.seed} {past}").choice(["a", "b"])
 
 
+async def say_later(request: PolicyRequest) -> str:
+    return say(request)
+
+
 def play(policy: Policy, tasks: list[Task], env: str = "Words-v0", **settings: Any) -> tuple[Any, list[Summary]]:
     summaries: list[Summary] = []
     rollout = RolloutConfig(retries=1, **settings)
@@ -112,6 +116,18 @@ def test_direct_episodes_are_those_of_the_event_loop(env: str, history: str, mon
         mine.seconds = other.seconds = 0.0
         assert mine == other
     assert {one.stop_reason for one in counted} >= {StopReason.ENVIRONMENT_ERROR}
+
+
+def test_functions_given_by_name_are_called_directly_and_async_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    direct: list[DirectEpisode] = []
+    real = DirectEpisode.play_now
+    monkeypatch.setattr(DirectEpisode, "play_now", lambda self: (direct.append(self), real(self))[1])
+    ours, _ = play(load_policy(f"{__name__}:say"), TASKS)
+    assert len(direct) == 18 + ours.retried
+    theirs, _ = play(load_policy(f"{__name__}:say_later"), TASKS)
+    assert len(direct) == 18 + ours.retried
+    said = [[[turn.action for turn in one.turns] for one in played.trajectories] for played in (ours, theirs)]
+    assert said[0] == said[1]
 
 
 def test_requests_that_a_policy_keeps_stay_those_of_their_episode() -> None:

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from agentrl import envs
-from agentrl.errors import PolicyFailure, UnknownNameError, UserError
+from agentrl import collect, envs
+from agentrl.config import RolloutConfig
+from agentrl.errors import InfrastructureError, PolicyFailure, UnknownNameError, UserError
 from agentrl.policy import Policy, PolicyRequest, load_policy
-from agentrl.types import TextPart
+from agentrl.types import StopReason, TextPart
 from environments.sokoban import agents
 from environments.sokoban.board import MOVES, apply_move, read_board
 from environments.sokoban.solver import distance, solve
@@ -78,6 +79,21 @@ def failing(observation):
     raise KeyError(observation)
 
 
+def undeclared(observation):
+    return on_request(observation)
+
+
+def picky(request):
+    if int(request.episode.split("/")[-2]) % 4 == 0:
+        raise ValueError("not this board")
+    return "up"
+
+
+async def slowly_picky(request):
+    await asyncio.sleep(0)
+    return picky(request)
+
+
 NOT_CALLABLE = 3
 
 
@@ -124,7 +140,7 @@ def test_scripted_takes_the_function_itself():
         (f"{__name__}:on_observatoin", "has no 'on_observatoin'; it has: .*on_observation"),
         (f"{__name__}:NOT_CALLABLE", "is int, not something to call"),
         (f"{__name__}:NOT_CALLABLE.real.x", "has no 'NOT_CALLABLE.real.x'"),
-        (3, "3 cannot be called"),
+        (3, "function=3: policy is a Policy or a function observation -> action, not int"),
         (lambda: "up", "takes no argument"),
     ],
 )
@@ -154,10 +170,28 @@ def test_a_function_is_a_policy_by_its_module_and_name_from_the_current_folder_t
 
 
 def test_a_scripted_function_that_fails_is_a_policy_failure_with_its_name():
-    with pytest.raises(PolicyFailure, match="'failing' raised KeyError: 'a board'"):
+    with pytest.raises(PolicyFailure, match="KeyError: 'a board'"):
         act(scripted_policy(failing), REQUEST)
-    with pytest.raises(PolicyFailure, match="'silent' returned NoneType"):
-        act(scripted_policy(silent), REQUEST)
+    for function, says in (
+        ("failing", "policy 'failing', turn 0 of episode .*: KeyError: "),
+        ("silent", r"policy 'silent', turn 0 of episode .*: answered None \(NoneType\); an action is text"),
+        ("undeclared", r"answered <coroutine .*\(coroutine\).*declared async"),
+    ):
+        for executor in ("inline", "thread"):
+            rollout = RolloutConfig(executor=executor, retries=0)
+            with pytest.raises(InfrastructureError, match=says):
+                collect(load_policy(f"{__name__}:{function}"), "Lock-v0", episodes=2, rollout=rollout)
+
+
+@pytest.mark.parametrize("executor", ["inline", "thread"])
+@pytest.mark.parametrize("function", ["picky", "slowly_picky"])
+def test_a_function_that_fails_in_one_episode_fails_no_other(function, executor):
+    rollout = RolloutConfig(executor=executor, retries=1)
+    policy = load_policy(f"{__name__}:{function}")
+    played = collect(policy, "Sokoban-v0", episodes=32, rollout=rollout)
+    assert sorted(one.seed for one in played.failed) == [*range(0, 32, 4)]
+    assert len(played.trajectories) == 24
+    assert {one.stop_reason for one in played.failed} == {StopReason.POLICY_ERROR}
 
 
 def test_an_unknown_policy_gets_the_nearest_name():

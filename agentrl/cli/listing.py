@@ -15,6 +15,7 @@ from rich.text import Text
 
 from agentrl.cli.common import console, errors, table
 from agentrl.errors import UnknownNameError
+from agentrl.policy import AsyncFunctionPolicy, FunctionPolicy, as_policy, load_function
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -25,7 +26,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def policies(
     policy: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Show this one: its options and what it does.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Show this one: its options and what it does. Or module:function, one of your own."
+        ),
     ] = None,
 ) -> None:
     """List the policies, or show one.
@@ -34,6 +38,9 @@ def policies(
     """
     points = {point.name: point for point in entry_points(group="agentrl.policies")}
     if policy is not None:
+        if policy not in points and ":" in policy:
+            _show_function(policy)
+            return
         if policy not in points:
             raise UnknownNameError("policy", policy, points, "agentrl policies lists all")
         _show_policy(points[policy])
@@ -116,6 +123,15 @@ def _show_policy(point: EntryPoint) -> None:
     console.print(table(point.name, rows))
     text = (inspect.getdoc(factory) or "").partition("\nRaises:")[0]
     console.print(Text(reflow(text, console.width)))
+
+
+def _show_function(name: str) -> None:
+    policy = as_policy(load_function(name))
+    assert isinstance(policy, FunctionPolicy)
+    waits = "each episode waits for it by itself (async)" if isinstance(policy, AsyncFunctionPolicy) else "plain"
+    rows = [("reads", f"the {policy.reads}"), ("function", waits), ("options (--policy-arg)", "name=None")]
+    console.print(table(policy.name, rows))
+    console.print(Text(reflow(inspect.getdoc(policy.function) or "", console.width)))
 
 
 def reflow(docstring: str, width: int) -> str:

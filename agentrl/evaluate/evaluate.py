@@ -11,12 +11,12 @@ from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import InfrastructureError, UserError
 from agentrl.evaluate.result import EvalReport, EvalResult, result_of
 from agentrl.evaluate.store import EvalStore, identity
-from agentrl.policy import Policy, Sampling
-from agentrl.rollout import Collector, Summary, Task, as_policy
+from agentrl.policy import Policy, Sampling, as_policy
+from agentrl.rollout import Collector, Summary, Task
 from agentrl.types import Content, StopReason, Trajectory
 
 Player = Policy | Callable[[Content], str | Awaitable[str]]
-"""A policy, or a function ``observation -> action``, plain or async."""
+"""A policy, or what `agentrl.policy.as_policy` makes one of: a function ``observation -> action``, plain or async."""
 
 
 @overload

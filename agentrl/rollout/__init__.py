@@ -1,6 +1,6 @@
 """Rollout: episodes as coroutines, policy calls batched as they arrive, contexts token in, token out."""
 
-from agentrl.rollout.collector import Collected, Collector, as_policy, collect
+from agentrl.rollout.collector import Collected, Collector, collect
 from agentrl.rollout.context import Context, ContextBuilder
 from agentrl.rollout.loop import run
 from agentrl.rollout.outcome import score
@@ -14,7 +14,6 @@ __all__ = [
     "ContextBuilder",
     "Summary",
     "Task",
-    "as_policy",
     "collect",
     "run",
     "score",

@@ -7,7 +7,6 @@ with Collector(policy, env_config, rollout_config, outcome_config) as collector:
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.errors import InfrastructureError, UserError
-from agentrl.policy import FunctionPolicy, Policy, PolicyAction, PolicyRequest, Sampling
+from agentrl.policy import FunctionPolicy, Policy, Sampling, as_policy
 from agentrl.rollout.batcher import Batcher, Clock
 from agentrl.rollout.direct import DirectEpisode, DirectPlayer
 from agentrl.rollout.episode import Episode, Shared
@@ -326,35 +325,6 @@ def _collected(ended: _Ended, clock: Clock, config: RolloutConfig, sampling: Sam
         seconds=clock.seconds(),
         counts={reason.value: reasons[reason] for reason in StopReason if reasons[reason]},
     )
-
-
-class _AsyncPolicy(Policy):
-    """An async function ``observation -> action`` as a policy; episodes wait for it side by side."""
-
-    batched = False
-
-    def __init__(self, function: Callable[[Content], Awaitable[str]], name: str) -> None:
-        self._function, self.name = function, name
-
-    async def act(self, requests: Sequence[PolicyRequest]) -> list[PolicyAction]:
-        return [PolicyAction(await self._function(request.observation)) for request in requests]
-
-
-def as_policy(policy: Policy | Callable[[Content], str | Awaitable[str]]) -> Policy:
-    """Returns `policy`, or the policy that a function ``observation -> action`` is, plain or async.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    if not callable(policy):
-        raise UserError(f"policy is a Policy or a function observation -> action, not {type(policy).__name__}")
-    name = str(getattr(policy, "__name__", type(policy).__name__))
-    function: Any = policy
-    if any(map(inspect.iscoroutinefunction, (policy, type(policy).__call__))):
-        return _AsyncPolicy(function, name)
-    return FunctionPolicy(function, name, reads="observation")
 
 
 def collect(

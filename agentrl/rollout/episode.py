@@ -7,6 +7,7 @@ Whatever goes wrong outside the agent ends the episode with a `StopReason`, neve
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
 from contextlib import AbstractAsyncContextManager
@@ -295,7 +296,11 @@ class Episode:
         """
         if not isinstance(action, PolicyAction) or not isinstance(action.text, str):
             got = getattr(action, "text", action)
-            raise PolicyFailure(f"{self._who()}: answered {got!r:.80} ({type(got).__name__}); an action is text (str)")
+            text, hint = f"{got!r:.80} ({type(got).__name__})", ""
+            if inspect.iscoroutine(got):
+                hint = "; a function that is to be awaited must be declared async"
+                got.close()
+            raise PolicyFailure(f"{self._who()}: answered {text}; an action is text (str){hint}")
         if self._context is not None:
             ids, logprobs = action.ids, action.logprobs
             if ids is None or logprobs is None or len(ids) != len(logprobs):

@@ -39,7 +39,7 @@ RUN pip install -q --no-deps /dist/*.whl && pip uninstall -q -y pip
 
 FROM ${BASE_IMAGE} AS runtime
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin agentrl \
-    && mkdir /runs /secrets && chown 10001:10001 /runs /secrets
+    && mkdir /runs /secrets /exchange && chown 10001:10001 /runs /secrets /exchange
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
 WORKDIR /app
 USER 10001:10001

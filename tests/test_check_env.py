@@ -134,6 +134,10 @@ class Endless(Count):
         return self.show(), float("inf"), False, self.facts()
 
 
+class Promised(Count):
+    reward_range = (0.0, 0.5)
+
+
 class Priced(Count):
     def step(self, action: str) -> Any:
         observation, _, *rest = super().step(action)
@@ -232,6 +236,7 @@ def test_an_environment_that_keeps_every_rule_passes() -> None:
         (CountedSuccess, "observations and info", "info['success'] is 0 (int), not bool"),
         (CountedSuccess, "ends", "info['success'] is 1 (int)"),
         (Endless, "rewards", "the reward is inf (float) after '"),
+        (Promised, "rewards", "the reward is 1.0 after '"),
         (Priced, "rewards", "the reward is '1.0' (str)"),
         (Numeric, "observations and info", "(int) after reset(seed="),
         (Hoarding, "observations and info", "info['board'] cannot be stored as JSON"),

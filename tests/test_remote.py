@@ -114,6 +114,7 @@ def both(env_id: str, url: str, policy: Any, episodes: int = 8, *, rollout: Any 
         ("http://a:1,http://b:2/X-v0", (("http://a:1", "http://b:2"), "X-v0")),
         ("http://a:1/, http://b:2/X-v0", (("http://a:1", "http://b:2"), "X-v0")),
         ("http://a:1/X-v0,http://a:1/X-v0", (("http://a:1",), "X-v0")),
+        ("http://a:1/X-v0/", (("http://a:1",), "X-v0")),
         ("http://[::1]:1/ALE%2FX-v0", (("http://[::1]:1",), "ALE/X-v0")),
     ],
 )
@@ -157,6 +158,20 @@ def test_settings_that_cannot_work_are_refused():
         Fleet("http://a:1/X-v0", size=object())
     with pytest.raises(UserError, match=r"'NO_SUCH_TOKEN' .* is not set"):
         Fleet("http://a:1/X-v0", token_env="NO_SUCH_TOKEN")
+    with pytest.raises(UserError, match="options travel as JSON"):
+        Fleet("http://a:1/X-v0").request(0, {"board": {1}})
+
+
+def test_a_token_file_of_the_servers_will_do(monkeypatch, tmp_path):
+    file = tmp_path / "tokens"
+    monkeypatch.setenv("MINE_FILE", str(file))
+    file.write_text(f"# since May\n\n{TOKEN}\nanother-token-of-before\n")
+    fleet = Fleet("http://a:1/X-v0", token_env="MINE")
+    assert fleet.settings.headers["authorization"] == f"Bearer {TOKEN}"
+    for held in (b"", b"# nothing\n", b"\xff\xfe\x00"):
+        file.write_bytes(held)
+        with pytest.raises(UserError, match="MINE_FILE"):
+            Fleet("http://a:1/X-v0", token_env="MINE")
 
 
 def test_a_token_with_control_characters_goes_into_no_header(monkeypatch):

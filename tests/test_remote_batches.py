@@ -15,6 +15,7 @@ from toys import parrot
 
 import agentrl
 from agentrl.config import RolloutConfig
+from agentrl.policy import as_policy
 from agentrl.remote import client as wire
 from agentrl.remote import codec, lanes
 from agentrl.remote.client import STEP
@@ -69,9 +70,13 @@ def test_many_steps_travel_in_two_halves_or_together(sizes, whole, wanted):
 
 
 @pytest.mark.parametrize(("batched", "largest"), [(True, 300), (False, lanes.BATCH)])
-def test_steps_come_back_together_for_a_policy_that_acts_on_all_of_them(sizes, batched, largest):
-    policy = parrot(1.0)
-    policy.batched = batched
+def test_steps_come_back_together_for_a_policy_that_answers_at_once(sizes, batched, largest):
+    plain = parrot(1.0)
+
+    async def waits(request: Any) -> str:
+        return str(plain.function(request))
+
+    policy = plain if batched else as_policy(waits)
     with served(["Echo-v0"]) as url:
         rollout = RolloutConfig(concurrency=300)
         collected = agentrl.collect(policy, f"{url}/Echo-v0", episodes=300, rollout=rollout)

@@ -472,6 +472,39 @@ def test_sessions_of_a_client_that_is_gone_are_reaped():
 # What a client knows of its servers
 
 
+def test_a_server_that_takes_connections_and_never_answers_is_left_to_itself(monkeypatch):
+    monkeypatch.setattr("agentrl.remote.client.PATIENCE_S", 0.3)
+    with served(["Sokoban-v0"]) as url, socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.listen(64)
+        hung = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for _ in range(3):
+            server_at(url).count(+1)  # the other has fewer sessions
+        try:
+            env = agentrl.make(f"{hung},{url}/Sokoban-v0")
+            waits = []
+            for seed in range(4):
+                before = time.monotonic()
+                env.reset(seed=seed)
+                waits.append(time.monotonic() - before)
+                assert env._server.url == url
+            env.close()
+        finally:
+            for _ in range(3):
+                server_at(url).count(-1)
+        assert max(waits) < 5
+        assert max(waits[1:]) < 0.3  # known by now
+
+
+def test_a_server_that_answers_others_is_only_slow():
+    server = Server("http://a:1")
+    since = time.monotonic()
+    server.answered()
+    server.silent(since)
+    assert server.up
+    server.silent(time.monotonic())
+    assert not server.up
+
+
 def test_a_server_that_failed_is_left_alone_for_longer_each_time():
     server, other = Server("http://a:1"), Server("http://b:1")
     waits = []

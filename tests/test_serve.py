@@ -612,7 +612,10 @@ def test_other_web_pages_and_foreign_host_names_are_refused() -> None:
         async with client_of() as client:
             error_of(await client.post("/v1/steps", headers={"Origin": "https://evil.example"}), Code.FORBIDDEN)
             error_of(await client.get("/v1/envs", headers={"Host": "evil.example:8000"}), Code.FORBIDDEN)
-            for host in ("127.0.0.1:8000", "localhost:1", "[::1]:1"):
+            # A name of an attacker's may begin as an address, and be made to point here.
+            rebound = {"Host": "127.evil.example:8000", "Origin": "http://127.evil.example:8000"}
+            error_of(await client.get("/v1/envs", headers=rebound), Code.FORBIDDEN)
+            for host in ("127.0.0.1:8000", "127.0.0.9", "localhost:1", "LOCALHOST", "[::1]:1"):
                 own = {"Host": host, "Origin": f"http://{host}"}
                 assert (await client.get("/v1/envs", headers=own)).status_code == 200
         async with client_of(tokens=TOKENS, token=TOKEN) as client:
@@ -730,6 +733,7 @@ def test_specs_say_what_an_environment_is() -> None:
             sokoban = EnvSpec.model_validate_json((await client.get("/v1/envs/Sokoban-v0")).content)
             assert specs["Sokoban-v0"] == sokoban
             assert (sokoban.kwargs["size"], sokoban.max_turns, sokoban.fast) == (7, 20, True)
+            assert sokoban.reward_range == (0, 1)
             assert sokoban.kwargs["reward"] == "sparse"  # a default of the environment's own
             assert sokoban.provides == {"state_keys": {}, "turn_rewards": {"reward": "shaped"}}
             assert sokoban.instructions.startswith("You are solving a Sokoban puzzle")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_toys import Clock, Hall, client_of, entered, halls, wanted
+from serve_toys import FINAL, Clock, Hall, client_of, entered, halls, wanted
 from served import served
 from test_serve import error_of
 from typer.testing import CliRunner
@@ -25,7 +27,7 @@ from agentrl.cli import app
 from agentrl.errors import UserError
 from agentrl.remote.protocol import Code
 from agentrl.rollout.process import ProcessHost
-from agentrl.serve import Settings, security
+from agentrl.serve import Settings, create_app, security
 from agentrl.serve.server import listen
 
 BOTH = pytest.mark.parametrize("env", ["Trial-v0", "QuickTrial-v0"])
@@ -350,13 +352,116 @@ def test_a_client_that_goes_before_its_answer_is_no_fault(path: str, caplog: pyt
     assert not [record for record in caplog.records if record.name == "agentrl.serve"]
 
 
-def test_a_fault_in_another_route_is_answered_once_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_another_route_is_answered_once_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def play() -> None:
         async with client_of() as client:
             monkeypatch.setattr(client.app.api.metrics, "text", lambda: 1 / 0)
             answer = await client.get("/metrics")
             assert "internal error" in error_of(answer, Code.ENVIRONMENT).message
             assert client.app.api.metrics.requests["failed", 500] == 1
+            monkeypatch.setattr(client.app.api.sessions, "create", lambda request: 1 / 0)
+            answer = await client.post("/v1/sessions", json=wanted())
+            assert "internal error" in error_of(answer, Code.ENVIRONMENT).message
+
+    asyncio.run(play())
+    assert caplog.text.count("ZeroDivisionError") == 2
+
+
+def test_unknown_paths_and_methods_are_counted() -> None:
+    async def play() -> None:
+        async with client_of() as client:
+            error_of(await client.get("/nowhere"), Code.NOT_FOUND)
+            error_of(await client.delete("/v1/envs"), Code.METHOD)
+            metrics = client.app.api.metrics
+            assert (metrics.errors[Code.NOT_FOUND], metrics.errors[Code.METHOD]) == (1, 1)
+            assert (metrics.requests["refused", 404], metrics.requests["refused", 405]) == (1, 1)
+
+    asyncio.run(play())
+
+
+def test_an_environment_that_is_not_as_fast_as_it_says_leaves_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.serve.sessions.FAST_S", 0.0)
+
+    async def play() -> None:
+        async with client_of("QuickTrial-v0") as client:
+            first = await client.create("QuickTrial-v0")
+            environment = client.app.api.sessions._sessions[first].environment
+            assert not environment.slow
+            for number in range(1, FINAL + 1):
+                assert (await client.step(first, number, "go")).json()["step"] == number
+                assert environment.slow
+            second = await client.create("QuickTrial-v0")  # the same one, again
+            assert client.app.api.sessions._sessions[second].environment is environment
+            assert environment.slow
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("before", "more"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: ", b"a" * 65_536),
+        (b"GET /", b"a" * 65_536),
+        (b"POST /v1/steps HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n" * 9000),
+    ],
+    ids=["header", "path", "trailers"],
+)
+def test_a_head_without_end_is_cut_off(before: bytes, more: bytes) -> None:
+    with served(["QuickTrial-v0"]) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as one:
+        one.sendall(before)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                one.sendall(more)
+            pytest.fail("64 MB were taken")
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_small_chunks_of_a_large_body_are_no_head() -> None:
+    body = json.dumps({"steps": [{"session": "none", "step": 1, "action": "a" * 300} for _ in range(1000)]}).encode()
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(body), 20):
+            yield body[start : start + 20]
+
+    with served(["QuickTrial-v0"]) as url, httpx.Client(base_url=url) as client:
+        for _ in range(2):
+            answer = client.post("/v1/steps", content=pieces(), headers={"content-type": "application/json"})
+            assert answer.status_code == 200
+
+
+# What clients are told
+
+
+def test_values_that_are_the_owners_reach_no_client_and_long_ones_are_cut(caplog: pytest.LogCaptureFixture) -> None:
+    async def play() -> None:
+        async with client_of("Trial-v0?file=/srv/secret/place&size=2") as client:
+            for kwargs in ({"bogus": 1}, {"bogus": "x" * 5_000_000}):
+                answer = await client.post("/v1/sessions", json=wanted("Trial-v0", kwargs=kwargs))
+                message = error_of(answer, Code.INVALID).message
+                assert "bogus" in message
+                assert "/srv/secret" not in message
+                assert len(message) < 3000
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(play())
+    assert len(caplog.text) < 10_000
+
+
+def test_an_environment_that_no_agent_can_read_is_not_served() -> None:
+    with pytest.raises(UserError, match="'CartPole-v1' returned a ndarray as its observation"):
+        create_app(Settings(envs=["CartPole-v1"]))
+
+
+def test_a_number_of_the_owners_may_be_said_and_not_changed() -> None:
+    async def play() -> None:
+        async with client_of("SearchQA-v0?pages=200") as client:
+            answer = await client.post("/v1/sessions", json=wanted("SearchQA-v0", kwargs={"pages": 200}))
+            assert answer.status_code == 200
+            for kwargs in ({"pages": 300}, {"world": 1}):
+                refused = await client.post("/v1/sessions", json=wanted("SearchQA-v0", kwargs=kwargs))
+                assert "its owner sets it" in error_of(refused, Code.FORBIDDEN).message
 
     asyncio.run(play())
 

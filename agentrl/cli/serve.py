@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.logging import RichHandler
@@ -148,7 +149,10 @@ def _banner(app: Any, settings: Settings, url: str) -> Any:
     for entry in app.api.catalogue.entries.values():
         where = "event loop" if entry.spec.fast else settings.executor
         arguments = "".join(f" {name}={value!r}" for name, value in entry.kwargs.items())
-        lines.append(f"{url}/{entry.env_id}", style="cyan").append(f"{arguments}  ({where})\n", style="dim")
+        # An id may hold a slash, which in an address would begin another part.
+        lines.append(f"{url}/{quote(entry.env_id, safe=':')}", style="cyan").append(
+            f"{arguments}  ({where})\n", style="dim"
+        )
     access = "bearer token" if settings.tokens else "this machine only, no token"
     lines.append(f"\naccess    {access}\nsessions  at most {settings.max_sessions:,}, ")
     lines.append(f"closed after {settings.session_ttl_s:g} s idle\n")

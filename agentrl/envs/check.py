@@ -332,7 +332,10 @@ CHECKS: dict[str, tuple[Callable[[Probe], str], str]] = {
         "terminated (bool) is the task's own end, truncated the turn limit's: leave it to max_turns (Gymnasium's "
         "TimeLimit); put a bool info['success'] into the last step",
     ),
-    "rewards": (_complaint("rewards", "finite numbers in {steps} steps"), "return a finite float"),
+    "rewards": (
+        _complaint("rewards", "finite numbers in {steps} steps"),
+        "return a finite float, within reward_range where one is declared",
+    ),
     "observations and info": (
         _complaint("observations and info", "text and JSON in {steps} steps"),
         "an observation is a str or a list of TextPart and ImagePart (a gymnasium.ObservationWrapper can put it into "

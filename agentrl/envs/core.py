@@ -78,6 +78,8 @@ class TextEnv(gym.Env[Content, str], abc.ABC):
     """Declares that `reset` and `step` take well under a millisecond and cannot block: the collector then calls them
     directly. Everything else runs in threads or processes, where a deadline can cut it off."""
 
+    reward_range: tuple[float, float] | None = None
+    """Least and largest reward that one step can bring, where that is known."""
     single_task: bool = False
     """Declares that every seed means the same task, which `check_env` otherwise takes for a seed that is ignored."""
     local_arguments: ClassVar[frozenset[str]] = frozenset()

@@ -50,6 +50,7 @@ HOSTILE = (
     "../../etc/passwd; rm -rf $HOME `id` ' OR 1=1 --",
 )
 """Texts that agents do write, or that break parsers."""
+_ROUNDING = 1e-9
 HUGE = ("a" * LONG, " \n" * (LONG // 2), "<answer>[" * (LONG // 9), "1 " * (LONG // 2))
 """About a million characters each."""
 
@@ -128,6 +129,10 @@ class Probe:
         self._look_at_end(step, where)
         if isinstance(step.reward, bool) or not isinstance(step.reward, Real) or not math.isfinite(step.reward):
             self.complain("rewards", f"the reward is {step.reward!r} ({type(step.reward).__name__}) {where}")
+        elif (span := getattr(env.unwrapped, "reward_range", None)) is not None:
+            low, high = span
+            if not low - _ROUNDING <= step.reward <= high + _ROUNDING:
+                self.complain("rewards", f"the reward is {step.reward} {where}, outside reward_range=({low}, {high})")
         self.steps += 1
         return step
 

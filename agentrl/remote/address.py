@@ -42,7 +42,7 @@ def is_ours(env_id: str) -> bool:
 def name_of(env_id: str) -> str:
     """Returns the environment's own name: of a URL what the servers call it, of ``module:Id-v0`` what follows."""
     if is_remote(env_id):
-        return unquote(env_id.rpartition("/")[2])
+        return unquote(env_id.rstrip("/").rpartition("/")[2])
     return env_id.rpartition(":")[2]
 
 
@@ -53,7 +53,7 @@ def parse_address(env_id: str) -> Address:
         UserError: it is no URL of an environment, or its servers are asked for different ones.
     """
     urls, names = [], []
-    for entry in env_id.split(","):
+    for entry in env_id.rstrip("/").split(","):
         url, name = _parse(env_id, entry.strip())
         urls.append(url)
         names.append(name)

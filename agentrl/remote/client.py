@@ -101,11 +101,13 @@ def anywhere(
     while True:
         server = choose(servers)
         server.count(+1)
+        asked = monotonic()
         try:
             answer = yield Ask(server, kind, item, patience)
         except NoAnswer as error:
             server.count(-1)
             patience = longer(patience)
+            server.silent(asked)
             _in_time(budget, error)
         except RemoteError as error:
             server.count(-1)

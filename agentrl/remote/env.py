@@ -62,7 +62,9 @@ def settings_of(env_id: str, kwargs: Mapping[str, Any], token_env: str, retry_s:
             f"environment {env_id!r}: a token given as an argument would be written into run files; put it into an "
             f"environment variable ({TOKEN_ENV}, or token_env=NAME for another)"
         )
-    token = os.environ.get(token_env, "").strip() or _token_of_file(os.environ.get(f"{token_env}_FILE"))
+    token = os.environ.get(token_env, "").strip() or _token_of_file(
+        os.environ.get(f"{token_env}_FILE"), f"{token_env}_FILE"
+    )
     if token is None and token_env != TOKEN_ENV:
         raise UserError(f"environment {env_id!r}: the environment variable {token_env!r} (token_env) is not set")
     if token is not None and not (token.isascii() and token.isprintable()):
@@ -113,14 +115,17 @@ class Fleet:
             "max_turns": max_turns,
             "wrappers": [dict(wrapper) for wrapper in wrappers],
         }
-        try:
-            encode(self._request)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"environment {env_id!r}: arguments travel as JSON: {error}") from error
+        _check_json(env_id, "arguments", self._request)
         self._lanes: weakref.WeakKeyDictionary[AbstractEventLoop, Lanes] = weakref.WeakKeyDictionary()
 
     def request(self, seed: int, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Returns a create request, with a key of its own."""
+        """Returns a create request, with a key of its own.
+
+        Raises:
+            UserError: options that are no JSON.
+        """
+        if options:
+            _check_json(self.env_id, "options", options)
         return {**self._request, "seed": seed, "options": dict(options or {}), "request": secrets.token_hex(16)}
 
     def episode(self) -> RemoteEnv:
@@ -161,20 +166,29 @@ class Fleet:
             raise NotAServer(f"{server.url}: {self.address.env!r} is described in another way: {told}") from error
 
 
-def _token_of_file(path: str | None) -> str | None:
-    """Returns the first line of the file at `path`; None without a path.
+def _check_json(env_id: str, what: str, value: Any) -> None:
+    try:
+        encode(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"environment {env_id!r}: {what} travel as JSON: {error}") from error
+
+
+def _token_of_file(path: str | None, variable: str) -> str | None:
+    """Returns the first token in the file at `path`, which may be a server's own; None without a path.
 
     Raises:
-        UserError: the file cannot be read, or is empty.
+        UserError: the file cannot be read, or holds none.
     """
     if not path:
         return None
+    where = f"the token file {path!r} ({variable})"
     try:
-        token = Path(path).read_text().strip().partition("\n")[0].strip()
-    except OSError as error:
-        raise UserError(f"cannot read the token file {path!r} ({TOKEN_ENV}_FILE): {error}") from None
-    if not token:
-        raise UserError(f"the token file {path!r} ({TOKEN_ENV}_FILE) is empty")
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {where}: {error}") from None
+    token = next((line for line in lines if line and not line.startswith("#")), None)
+    if token is None:
+        raise UserError(f"{where} holds no token: it is empty, or all comments")
     return token
 
 

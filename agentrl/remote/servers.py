@@ -14,6 +14,8 @@ from agentrl.remote.errors import RemoteError, ServerFull, Unreachable
 
 FIRST_S, LONGEST_S = 0.1, 8.0
 """Pause after the first failure, at most; and after many."""
+FIRST_SILENT_S = 4.0
+"""Seconds that new sessions stay away from a server that has not answered, at first."""
 FAILOVER_S = 2.0
 """Seconds after which a session is given up whose server cannot be reached, where other servers can."""
 
@@ -33,6 +35,8 @@ class Server:
         """In a row."""
         self.down_until = 0.0
         """`time.monotonic` before which no new session goes there, if there is another server."""
+        self._heard = 0.0
+        """`time.monotonic` of its last answer."""
 
     def count(self, change: int) -> None:
         """`change`: +1 when a session begins there, -1 when it ends. Threads may count at once."""
@@ -48,10 +52,20 @@ class Server:
         error.retry_at = monotonic() + pause
         self.down_until = monotonic() + max(longest, pause)
 
+    def silent(self, since: float) -> None:
+        """Notes that a request for a new session, made at `since`, got no answer.
+
+        One that is only slow to begin it answers others meanwhile; from one that does not, new sessions stay away.
+        """
+        if self._heard < since:
+            self.failures += 1
+            self.down_until = monotonic() + min(LONGEST_S, FIRST_SILENT_S * 2 ** min(self.failures - 1, 16))
+
     def answered(self) -> None:
         """Notes that it works."""
         self.failures = 0
         self.down_until = 0.0
+        self._heard = monotonic()
 
     @property
     def up(self) -> bool:

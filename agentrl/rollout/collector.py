@@ -105,7 +105,9 @@ class Collector:
         self.policy, self.rollout, self.outcome = policy, rollout, outcome
         self.on_episode, self.on_summary = on_episode, on_summary
         self.watchdog_s = watchdog_s
-        self.pool = EnvironmentPool(env, rollout.executor, evaluation=evaluation, whole=policy.batched)
+        self.pool = EnvironmentPool(
+            env, rollout.executor, evaluation=evaluation, whole=policy.batched or _answers_at_once(policy)
+        )
         self._busy = False
 
     def __enter__(self) -> Collector:
@@ -294,10 +296,14 @@ def _sampling(config: RolloutConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
 
 
+def _answers_at_once(policy: Policy) -> bool:
+    """Whether a policy is a plain function."""
+    return isinstance(policy, FunctionPolicy) and type(policy).act is FunctionPolicy.act
+
+
 def _is_direct(policy: Policy, pool: EnvironmentPool) -> bool:
     """Whether policy and environment both answer at once, so that episodes need no event loop."""
-    plain = isinstance(policy, FunctionPolicy) and type(policy).act is FunctionPolicy.act
-    return plain and pool.executor == "inline"
+    return _answers_at_once(policy) and pool.executor == "inline"
 
 
 def _collected(ended: _Ended, clock: Clock, config: RolloutConfig, sampling: Sampling) -> Collected:

@@ -174,6 +174,10 @@ class Environment:
             self._inbox.put("leave")
             self._thread = None
 
+    def outrun(self) -> None:
+        """It is not as fast as it says: from now on calls run in its thread."""
+        self.host.fast, self.slow = False, True
+
     def discard(self) -> None:
         """Ends the environment without waiting: killed if it hangs in a process, closed as soon as it is free."""
         if self.busy:
@@ -251,7 +255,8 @@ class EnvironmentPool:
         config: which environment.
         executor: where they run (`RolloutConfig.executor`).
         evaluation: use the environment's evaluation arguments.
-        whole: the policy acts on all episodes that wait, so that steps taken together should come back together.
+        whole: the policy acts on all episodes that wait, or at once, so that steps taken together should come back
+            together.
     """
 
     def __init__(self, config: EnvConfig, executor: str, *, evaluation: bool = False, whole: bool = True) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
 
-from agentrl.errors import EnvironmentFailure
+from agentrl.errors import AgentRLError, EnvironmentFailure, UserError
 from agentrl.images import png_bytes
 from agentrl.remote.protocol import (
     MAX_ACTION,
@@ -37,6 +37,8 @@ T = TypeVar("T", bound=BaseModel)
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _MESSAGE = 500
 """Characters of an environment's own words in an error."""
+_ADVICE = 2000
+"""And of an error that says what to mend: what was given may stand in it."""
 
 
 class Answer(NamedTuple):
@@ -219,7 +221,18 @@ def wire_observation(content: Content) -> Any:
     return parts
 
 
-def words_of(error: BaseException) -> str:
-    """Returns what a client is told of an exception: kind and message, no place in the code."""
-    text = str(error) if isinstance(error, EnvironmentFailure) else f"{type(error).__name__}: {error}"
-    return re.sub(r" \([^()\n]*:\d+\)\Z", "", text)[:_MESSAGE]
+def words_of(error: BaseException, hide: Callable[[str], str]) -> str:
+    """Returns what a client is told of an exception: kind and message, no place in the code.
+
+    Args:
+        error: what happened.
+        hide: takes out of a text what clients may not know.
+    """
+    if isinstance(error, UserError):
+        return _clipped(hide(str(error)), _ADVICE)
+    text = str(error) if isinstance(error, AgentRLError) else f"{type(error).__name__}: {error}"
+    return _clipped(hide(re.sub(r" \([^()\n]*:\d+\)\Z", "", text)), _MESSAGE)
+
+
+def _clipped(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

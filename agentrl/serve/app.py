@@ -179,8 +179,8 @@ class App(FastAPI):
         self.add_api_route("/docs", self._docs, include_in_schema=False)
         static = Path(fastapi_offline.__file__).parent / "static"
         self.mount("/docs", StaticFiles(directory=static))
-        self.add_exception_handler(HTTPException, _http_error)
-        self.add_exception_handler(Exception, lambda request, error: _response(self._internal_error()))
+        self.add_exception_handler(HTTPException, self._http_error)
+        self.add_exception_handler(Exception, self._fault)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -217,8 +217,8 @@ class App(FastAPI):
             self.api.metrics.errors[refusal.code] += 1
             answer = refusal.answer()
             self._count("refused", answer)
-        except Exception:
-            answer = self._internal_error()
+        except Exception as error:
+            answer = self._internal_error(error)
         send = _until_gone(send)
         await send({"type": "http.response.start", "status": answer.status, "headers": _headers(answer)})
         await send({"type": "http.response.body", "body": answer.body})
@@ -228,9 +228,23 @@ class App(FastAPI):
         with contextlib.suppress(Exception):
             await super().__call__(scope, receive, _until_gone(send))
 
-    def _internal_error(self) -> Answer:
+    async def _fault(self, _: Request, error: Exception) -> Response:
+        return _response(self._internal_error(error))
+
+    async def _http_error(self, request: Request, error: Exception) -> Response:
+        """What Starlette refuses by itself: no such path, another method."""
+        assert isinstance(error, HTTPException)
+        code = Code.METHOD if error.status_code == 405 else Code.NOT_FOUND
+        answer = Refused(code, f"no {request.method} {request.url.path!a:.100}; see /docs").answer()
+        self.api.metrics.errors[code] += 1
+        self._count("refused", answer)
+        response = _response(answer)
+        response.headers.update(error.headers or {})
+        return response
+
+    def _internal_error(self, error: Exception) -> Answer:
         """A fault of the server itself: the log has it, the client learns nothing of it."""
-        log.exception("a request failed inside the server")
+        log.error("a request failed inside the server", exc_info=error)
         answer = Refused(Code.ENVIRONMENT, "internal error of the server; its log says more").answer()
         self._count("failed", answer)
         return answer
@@ -313,15 +327,6 @@ def _headers(answer: Answer) -> list[tuple[bytes, bytes]]:
 
 def _response(answer: Answer) -> Response:
     return Response(answer.body, answer.status, {name.decode(): value.decode() for name, value in _headers(answer)})
-
-
-def _http_error(request: Request, error: Exception) -> Response:
-    """What Starlette refuses by itself: no such path, another method."""
-    assert isinstance(error, HTTPException)
-    code = Code.METHOD if error.status_code == 405 else Code.NOT_FOUND
-    response = _response(Refused(code, f"no {request.method} {request.url.path!a:.100}; see /docs").answer())
-    response.headers.update(error.headers or {})
-    return response
 
 
 def _until_gone(send: Send) -> Send:

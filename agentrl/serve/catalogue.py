@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from agentrl.envs import environment_ids
 from agentrl.envs.wrappers import WRAPPERS
 from agentrl.errors import UserError, unknown_name
+from agentrl.remote.address import name_of
 from agentrl.remote.protocol import Code, CreateRequest, EnvSpec
 from agentrl.rollout.executors import Host, LocalHost
 from agentrl.rollout.process import ProcessHost
+from agentrl.rollout.values import checked_observation
 from agentrl.serve.answers import Refused
 from agentrl.serve.settings import Settings
 
@@ -43,7 +45,16 @@ class Entry:
         self.local_arguments: frozenset[str] | None = facts.pop("local_arguments")
         defaults = {**facts.pop("defaults"), **self.kwargs}
         shown = {name: value for name, value in defaults.items() if name not in (self.local_arguments or ())}
-        self.spec = EnvSpec(id=env_id, summary=environment_ids().get(env_id, ""), kwargs=shown, **facts)
+        summary = environment_ids().get(name_of(env_id), "")
+        self.spec = EnvSpec(id=env_id, summary=summary, kwargs=shown, **facts)
+        hidden = [value for name, value in self.kwargs.items() if name not in shown]
+        self._secrets = sorted({text for text in _texts(hidden) if len(text) > 2}, key=len, reverse=True)
+
+    def without_secrets(self, text: str) -> str:
+        """Returns `text` without the values of arguments that clients may not know."""
+        for secret in self._secrets:
+            text = text.replace(secret, "...")
+        return text
 
     def host(self, max_turns: int | None, kwargs: dict[str, Any], wrappers: list[dict[str, Any]]) -> Host:
         """Returns a host for a new environment."""
@@ -55,10 +66,21 @@ class Entry:
         host = (ProcessHost if self._process else LocalHost)(self.env_id, None, self.kwargs)
         try:
             host.make()
-            host.reset(0, {})
+            checked_observation(self.env_id, host.reset(0, {})[0])
             return host.describe()
         finally:
             host.close()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yields the texts in `value`, as they are and as they are printed."""
+    if isinstance(value, str):
+        yield from (value, repr(value)[1:-1])
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 class Catalogue:
@@ -102,8 +124,8 @@ class Catalogue:
         Raises:
             Refused: arguments or wrappers that a client may not set.
         """
-        for name in request.kwargs:
-            self._check_argument(entry, name)
+        for name, value in request.kwargs.items():
+            self._check_argument(entry, name, value)
         if self._fixed and request.wrappers:
             raise Refused(Code.FORBIDDEN, "this server fixes all arguments: no wrappers", field="wrappers")
         for number, wrapper in enumerate(request.wrappers):
@@ -112,7 +134,7 @@ class Catalogue:
         recipe = Recipe(entry.env_id, kwargs, request.max_turns, json.dumps(request.wrappers, sort_keys=True))
         return recipe, not (request.kwargs or request.wrappers or request.options)
 
-    def _check_argument(self, entry: Entry, name: str) -> None:
+    def _check_argument(self, entry: Entry, name: str, value: Any) -> None:
         where, shown = f"kwargs.{name}"[:200], ascii(name[:60])
         if name in RESERVED:
             raise Refused(Code.INVALID, f"{shown} is no argument of an environment over HTTP", field=where)
@@ -125,7 +147,8 @@ class Catalogue:
                 "(TextEnv.local_arguments); the server's owner sets them",
                 field=where,
             )
-        if name in entry.local_arguments:
+        # A number that is the owner's own changes nothing: a configuration may say what it counts on.
+        if name in entry.local_arguments and not (isinstance(value, int | float) and entry.kwargs.get(name) == value):
             raise Refused(
                 Code.FORBIDDEN,
                 f"argument {shown} of {entry.env_id!r} names files, commands or limits of the server; its owner sets "

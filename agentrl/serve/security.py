@@ -13,6 +13,8 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any
 
 from agentrl.remote.protocol import Code
@@ -155,6 +157,12 @@ def _bearer(header: bytes) -> bytes:
         return header
 
 
+@lru_cache(maxsize=64)
 def _local(host: bytes) -> bool:
-    name = host[1:].partition(b"]")[0] if host.startswith(b"[") else host.partition(b":")[0]
-    return name in (b"localhost", b"::1") or name.startswith(b"127.")
+    """Whether a Host header names this machine by an address, not by a name that anybody's DNS may make mean it."""
+    text = host.decode("latin-1").lower()
+    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agentrl.errors import UserError
 from agentrl.serve.app import App
@@ -21,6 +22,8 @@ from agentrl.serve.settings import Settings
 
 log = logging.getLogger("agentrl.serve")
 
+MAX_HEAD = 65_536
+"""Bytes of a request's first line and headers, about: what has come at once is read first."""
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
 
@@ -100,6 +103,33 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class Protocol(HttpToolsProtocol):
+    """uvicorn's parser, which by itself collects a request's head for as long as it goes on."""
+
+    head = body = 0
+    """Bytes of the request so far: of its head, trailers and the marks between chunks; of its body."""
+
+    def data_received(self, data: bytes) -> None:
+        """Parses what has come."""
+        self.head += len(data)
+        super().data_received(data)
+        # Marks between chunks may grow with what they mark.
+        if self.head > MAX_HEAD + self.body and not self.transport.is_closing():
+            log.info("a connection was closed: its request has a head of more than %d bytes", MAX_HEAD)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self.head = self.body = 0
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body has come."""
+        self.head -= len(body)
+        self.body += len(body)
+        super().on_body(body)
+
+
 def _no_fault(record: logging.LogRecord) -> bool:
     """Whether a line of uvicorn's says something: it takes a WebSocket refused with an HTTP answer for a fault."""
     return "without completing handshake" not in record.getMessage()
@@ -107,6 +137,7 @@ def _no_fault(record: logging.LogRecord) -> bool:
 
 def _config(app: App, settings: Settings, log_level: str) -> uvicorn.Config:
     options: dict[str, Any] = {
+        "http": Protocol,
         "log_level": log_level,
         "log_config": None,
         "access_log": False,

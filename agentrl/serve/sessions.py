@@ -30,6 +30,9 @@ log = logging.getLogger("agentrl.serve")
 RETRY_AFTER_S = 1.0
 """When to come back where the server is full or about to stop."""
 
+FAST_S = 0.2
+"""A step on the event loop that takes longer is the last one of its environment there: all others waited for it."""
+
 FAILED = (Code.ENVIRONMENT, Code.DEADLINE, Code.INVALID)
 
 
@@ -122,7 +125,11 @@ class Sessions:
             answer = self._played(session, environment.host.step(action))
         except (Exception, SystemExit) as error:
             answer = self._failed(session, error, f"step {step}")
-        self._metrics.stepped(session.env, perf_counter() - started)
+        spent = perf_counter() - started
+        if spent > FAST_S and environment is session.environment:
+            log.info("session %s (%s): a step took %.2f s; the next run in a thread", session.id, session.env, spent)
+            environment.outrun()
+        self._metrics.stepped(session.env, spent)
         session.used = self._clock()
         session.answer = answer
         return answer
@@ -257,14 +264,15 @@ class Sessions:
     def _failed(self, session: Session, error: BaseException, during: str) -> Answer:
         """Ends a session whose environment failed. Returns what the client is told."""
         where = f"environment {session.env!r} at {during}"
+        said = words_of(error, self._catalogue.entries[session.env].without_secrets)
         if isinstance(error, UserError):
-            refusal = Refused(Code.INVALID, f"{where}: {error}")
+            refusal = Refused(Code.INVALID, f"{where}: {said}")
             log.info("session %s: %s", session.id, refusal)
         elif isinstance(error, DeadlineExceeded):
-            refusal = Refused(Code.DEADLINE, f"{where}: {error}")
+            refusal = Refused(Code.DEADLINE, f"{where}: {said}")
             log.warning("session %s: %s", session.id, refusal)
         else:
-            refusal = Refused(Code.ENVIRONMENT, f"{where} failed: {words_of(error)}")
+            refusal = Refused(Code.ENVIRONMENT, f"{where} failed: {said}")
             log.error("session %s: %s failed", session.id, where, exc_info=error)
         self._metrics.errors[refusal.code] += 1
         if not session.ended:

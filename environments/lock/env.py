@@ -55,6 +55,7 @@ class LockEnv(TextEnv):
     """
 
     fast = True
+    reward_range = (0.0, 1.0)
     provides = {"state_keys": {}, "turn_rewards": {"reward": "shaped"}}
 
     def __init__(

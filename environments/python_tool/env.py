@@ -44,6 +44,7 @@ class PythonToolEnv(ToolEnv):
         "standard library only, and neither files nor network. Then give the answer, a number."
     )
 
+    reward_range = (0.0, 1.0)
     local_arguments = frozenset({"timeout_s", "memory_mb", "max_output"})
 
     def __init__(

@@ -42,6 +42,8 @@ class SearchQAEnv(ToolEnv):
     """
 
     provides = {"state_keys": {}}
+    reward_range = (0.0, 1.0)
+    local_arguments = frozenset({"world", "pages"})  # an encyclopedia of its own costs seconds and megabytes
     instructions = (
         "Answer the question from the encyclopedia: search for pages, open them by their exact title, and follow what "
         "they say until you know the answer. Several things may share a name; the title says which is meant."

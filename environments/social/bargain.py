@@ -107,6 +107,7 @@ class BargainEnv(TextEnv):
         self.issues, self.options, self.rounds = issues, options, rounds
         self.partner, self.threshold, self.split = partner, threshold, split
         self.reward, self.observation, self.render_mode = reward, observation, render_mode
+        self.reward_range = (0.0, 10.0 if reward == "score" else 1.0)
         example = "offer a c b a"[: 5 + 2 * issues] if observation == "short" else "issue=option, issue=option, ..."
         self.instructions = _RULES + _ANSWERS[observation].format(example=example)
 

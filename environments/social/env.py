@@ -69,6 +69,7 @@ class SocialEnv(TextEnv):
         DataError: a bad profile file.
     """
 
+    reward_range = (0.0, 10.0)
     local_arguments = frozenset(
         {"judge_url", "judge_model", "judge_options", "partner", "partner_model", "partner_options", "scenarios"}
     )

@@ -88,6 +88,9 @@ class SokobanEnv(TextEnv):
             check_feasible(self.settings)
         self.actions_per_turn = actions_per_turn
         self.reward = reward
+        # A move costs 0.1, puts one box on or off a target, and the last one solves the level.
+        n = actions_per_turn
+        self.reward_range = (0.0, 1.0) if reward == "sparse" else (-1.1 * n, 0.9 * n + 10.0)
         self.observation = observation
         self.render_mode = render_mode
         self.instructions = (_RULES if observation == "board" else _RULES_IN_CELLS) + (

@@ -67,6 +67,7 @@ class WebShopEnv(TextEnv):
     """
 
     provides = {"state_keys": {}}
+    reward_range = (0.0, 1.0)
 
     _goal: Goal
     _page: str
@@ -82,7 +83,10 @@ class WebShopEnv(TextEnv):
     _product: Product
     _visited: set[str]
 
-    local_arguments = frozenset({"items", "attributes", "human_goals", "reviews", "cache_dir"})
+    # The last three: a catalogue of its own costs seconds and megabytes, and few are kept.
+    local_arguments = frozenset(
+        {"items", "attributes", "human_goals", "reviews", "cache_dir", "products", "kinds", "catalogue_seed"}
+    )
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ def simulate(tasks: int, per_task: int, trials: int, seed: int = 0) -> dict[str,
 
 
 def _holds(found: Any) -> bool:
+    if found.low is None:  # no spread seen
+        return bool(found.value == 0)
     return bool(found.low <= 0 <= found.high)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gymnasium as gym
 import pytest
 from typer.testing import CliRunner
 
+import agentrl
 from agentrl.buffer import write_jsonl
 from agentrl.cli import app
 from agentrl.errors import ConfigError, DataError, UserError
@@ -115,12 +117,30 @@ def test_what_a_model_sees_may_differ_and_is_told(tmp_path: Path) -> None:
         compare(a, b)
 
 
+def test_an_evaluation_that_was_interrupted_is_compared_only_when_asked(tmp_path: Path) -> None:
+    whole = evaluation(tmp_path / "whole", {1: [1.0], 2: [0.0], 3: [0.0]}, episodes=3)
+    part = evaluation(tmp_path / "part", {1: [1.0]}, episodes=3)
+    for left, right in ((whole, part), (part, whole), (part / "trajectories" / "0-Toy-v0.jsonl", whole)):
+        with pytest.raises(UserError, match=r"part.* is not complete \(1 of 3 episodes\): .*--anyway"):
+            compare(left, right)
+    assert compare(whole, whole).differences == []
+    assert compare(whole, part, anyway=True).differences == [f"{part} is not complete (1 of 3 episodes)"]
+
+
+def test_a_served_environment_is_paired_with_the_local_one() -> None:
+    found = compare(episodes({1: [1.0], 2: [0.0]}, env="http://127.0.0.1:1/Toy-v0"), episodes({1: [1.0], 2: [1.0]}))
+    assert (found.tasks, found.environments) == (2, ["Toy-v0"])
+    assert found.differences == [
+        "Toy-v0: 'http://127.0.0.1:1/Toy-v0' of A, 'Toy-v0' of B (arguments that a server's owner set are unknown)"
+    ]
+
+
 def test_a_turn_limit_that_is_the_registered_one_is_no_other_limit(tmp_path: Path) -> None:
     def run(*arguments: Any) -> Any:
         return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
 
     common = ("eval", "Lock-v0", "--policy", "lock-solver", "--episodes", 8)
-    limit = gym.spec("Lock-v0").max_episode_steps
+    limit = agentrl.make("Lock-v0").spec.max_episode_steps
     for name, options in (("own", ()), ("same", ("--max-turns", limit)), ("short", ("--max-turns", 5))):
         assert run(*common, *options, "--out", tmp_path / name).exit_code == 0
     assert run("compare", tmp_path / "own", tmp_path / "same").exit_code == 0
@@ -232,9 +252,106 @@ def test_a_policy_that_fails_stops_no_other_and_is_played_again(
     assert json.loads(Path("out/leaderboard.json").read_text())["rows"][0]["policy"] == "random", "it is still there"
 
 
+LATE = """
+name: late
+episodes: 8
+rollout: {retries: 0}
+environments: {lock: Lock-v0}
+policies:
+  random: random
+  late: {policy: "late_agents:raises_late"}
+"""
+
+
+@pytest.mark.parametrize(("most", "code"), [(None, 4), (5, 4), (6, 0)])
+def test_episodes_that_infrastructure_ended_are_told_in_their_cell_and_by_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int | None, code: int
+) -> None:
+    (tmp_path / "late_agents.py").write_text(
+        "turns = []\n"
+        "def raises_late(observation):\n"
+        "    turns.append(observation)\n"
+        "    if len(turns) > 40:\n"
+        "        raise RuntimeError('worn out')\n"
+        "    return 'aa'\n"
+    )
+    (tmp_path / "suite.yaml").write_text(LATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "late_agents", raising=False)
+    options = [] if most is None else ["--max-failures", str(most)]
+    result = CliRunner().invoke(app, ["leaderboard", "suite.yaml", "--out", "out", *options], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    assert "0.0% [0.0, 65.8] (6 failed)" in result.output
+    assert "the same command plays again what failed" in result.stderr
+    told = f"late in lock: infrastructure ended 6 of 8 episodes and --max-failures is {most or 0}; success is that of"
+    assert (told in result.stderr) == (code == 4)
+    table = Path("out/leaderboard.md").read_text()
+    assert f"| late | {wilson(0, 2)} (6 failed) |" in table
+    assert "in no figure: 6;" in table
+    assert f"| random | {wilson(0, 8)} | 0.0% |" in table, "nothing failed there"
+
+
+@pytest.mark.parametrize(
+    ("lock", "message"),
+    [
+        ("Locc-v0", r"^environments.lock: no environment 'Locc-v0'; did you mean 'Lock-v0'"),
+        ("{id: Lock-v0, kwargs: {lenght: 3}}", r"^environments.lock: .*lenght"),
+        ("{id: Lock-v0, eval_kwargs: {length: 0}}", r"^environments.lock: length=0"),
+        ("{id: Lock-v0, wrappers: [{name: recrd}]}", r"^environments.lock: no wrapper 'recrd'"),
+        ("{id: Picky-v0}", r"^environments.lock: a size is above 0"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_told_before_anything_is_played(
+    tmp_path: Path, picky: None, lock: str, message: str
+) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE.replace("{id: Lock-v0}", lock))
+    with pytest.raises(UserError, match=message):
+        play_suite(load_suite(tmp_path / "suite.yaml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def picky() -> Iterator[None]:
+    def refuse(**_: Any) -> gym.Env[Any, Any]:
+        raise ValueError("a size is above 0")
+
+    def lack(**_: Any) -> gym.Env[Any, Any]:
+        raise SystemExit("no data set")
+
+    gym.register("Picky-v0", refuse, disable_env_checker=True)
+    gym.register("Bare-v0", lack, disable_env_checker=True)
+    yield
+    del gym.registry["Picky-v0"], gym.registry["Bare-v0"]
+
+
+@pytest.mark.parametrize("lock", ["{id: 'http://127.0.0.1:9/Lock-v0', kwargs: {retry_s: 0}}", "Bare-v0"])
+def test_an_environment_that_may_be_there_later_stops_no_other(tmp_path: Path, picky: None, lock: str) -> None:
+    text = SUITE.replace("lock: {id: Lock-v0}", f"lock: {lock}") + "rollout: {retries: 0}\n"
+    (tmp_path / "suite.yaml").write_text(text)
+    board = play_suite(load_suite(tmp_path / "suite.yaml"), tmp_path / "out")
+    assert [line.partition(":")[0] for line in board.failed] == ["random in lock"]
+    assert board.rows[0].results["small"].success.episodes == 12
+
+
+def test_a_name_alone_is_a_policy_or_an_environment(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text("environments: {lock: Lock-v0}\npolicies: {r: random}\n")
+    suite = load_suite(tmp_path / "suite.yaml")
+    assert (suite.environments["lock"].id, suite.policies["r"].policy) == ("Lock-v0", "random")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            SUITE.partition("policies:")[2],
+            "",
+            r"suite.yaml has no policies; give one or more, for instance policies: {",
+        ),
+        (SUITE.partition("policies:")[0], "", r"suite.yaml has no environments; give one or more, for instance"),
+        ("{policy: random}", "{only: [lock]}", r"policies.random=.* in .*suite.yaml line 8: who acts\?"),
+        ("only: [small]", "only: []", r"policies.expert.only=\[\] in .*suite.yaml line 9: .*at least 1"),
+        ("policy: random", "polcy: random", r"policies.random.polcy=random in .*suite.yaml line 8"),
         ("only: [small]", "only: [big]", "names 'big'; environments are small, lock"),
         ("{policy: random}", "{}", "who acts?"),
         ("episodes: 12", "episodes: 12\nper_task: 5", "episodes=12 is no multiple of per_task=5"),

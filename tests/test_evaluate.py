@@ -25,9 +25,17 @@ from agentrl.cli.evaluate import Running, _Watch, short
 from agentrl.config import EnvConfig, OutcomeConfig, RolloutConfig
 from agentrl.envs import TextEnv
 from agentrl.errors import ActionError, DataError, InfrastructureError, UserError
-from agentrl.evaluate import EvalReport, EvalResult, bootstrap_mean, cluster_proportion, evaluate, wilson
+from agentrl.evaluate import (
+    EvalReport,
+    EvalResult,
+    EvaluationFailed,
+    bootstrap_mean,
+    cluster_proportion,
+    evaluate,
+    wilson,
+)
 from agentrl.evaluate.functions import function_hash
-from agentrl.evaluate.store import identity
+from agentrl.evaluate.store import OtherEvaluation, identity
 from agentrl.evaluate.texts import environment_texts
 from agentrl.policy import FunctionPolicy, PolicyRequest, Sampling, load_policy, register_policy
 from agentrl.rollout import Summary
@@ -103,7 +111,7 @@ def test_bootstrap_without_spread_or_values() -> None:
     one = bootstrap_mean([1.0, 2.0], ["task", "task"])
     assert (one.value, one.low, one.high) == (1.5, None, None)
     same = bootstrap_mean([2.0, 2.0], ["a", "b"])
-    assert (same.low, same.high) == (2.0, 2.0)
+    assert (same.value, same.low, same.high) == (2.0, None, None)  # no width would promise what was not seen
     with pytest.raises(UserError):
         bootstrap_mean([], [])
     with pytest.raises(UserError):
@@ -516,37 +524,116 @@ def summary(place: int, seed: int, success: bool, reason: StopReason = StopReaso
     return Summary(place, 0, seed, float(success), success, reason, 1, 0, 0, 0.0)
 
 
-def test_the_running_interval_is_over_tasks_and_not_computed_at_every_episode() -> None:
+def test_the_running_interval_is_over_tasks_and_not_computed_whenever_it_is_drawn() -> None:
     time = [0.0]
     running = Running(per_task=16, clock=lambda: time[0])
-    assert running.text() is None
+    assert str(running) == ""
     episodes = [summary(i, i // 16, i < 32) for i in range(64)]
-    for one in episodes:
+    for one in episodes[:-1]:
         running.add(one)
     running.add(summary(64, 4, False, StopReason.POLICY_ERROR))
-    over_tasks = cluster_proportion([one.success for one in episodes], [one.seed for one in episodes], resamples=500)
-    assert running.text() == short(over_tasks) != short(wilson(32, 64))
+
+    def over_tasks(count: int) -> str:
+        successes, tasks = [one.success for one in episodes[:count]], [one.seed for one in episodes[:count]]
+        return short(cluster_proportion(successes, tasks, resamples=500))
+
+    assert str(running) == over_tasks(63) != short(wilson(32, 63))
+    running.add(episodes[-1])
     time[0] = 0.4
-    assert running.text() is None
-    assert running.text(now=True) == short(over_tasks)
+    assert str(running) == over_tasks(63)
     time[0] = 1.0
-    assert running.text() == short(over_tasks)
+    assert str(running) == over_tasks(64)
     running.reset()
     running.add(summary(0, 0, True))
-    assert running.text(now=True) == short(cluster_proportion([True], [0]))
+    running.settle()
+    assert str(running) == short(cluster_proportion([True], [0]))
+    running.settle(wilson(1, 2))
+    assert str(running) == short(wilson(1, 2))
     plain = Running(per_task=1)
     plain.add(summary(0, 0, True))
-    assert plain.text() == short(wilson(1, 1))
+    assert str(plain) == short(wilson(1, 1))
 
 
-def test_progress_tells_of_the_environment_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_tells_of_the_environment_that_it_names_and_counts_every_episode() -> None:
     watch = _Watch(load_policy("random"), ["First-v0", "Second-v0"], 4, per_task=1)
-    shown: list[tuple[str, str]] = []
-    monkeypatch.setattr(watch._bar, "update", lambda task, **new: shown.append((new["description"], new["success"])))
+    (task,) = watch._bar.tasks
+    shown = []
     for place in range(8):
         watch.hooks["on_summary"](summary(place % 4, place % 4, place < 4))
-    assert shown[-1] == ("Second-v0", short(wilson(0, 4)))
-    assert ("First-v0", short(wilson(4, 4))) in shown
+        watch.running.settle()
+        shown.append((task.completed, task.description, str(task.fields["success"])))
+    assert [count for count, *_ in shown] == [*range(1, 9)]
+    assert shown[3][1:] == ("First-v0", short(wilson(4, 4)))
+    assert shown[7][1:] == ("Second-v0", short(wilson(0, 4)))
+
+
+def test_one_environment_that_fails_whole_costs_no_other(tmp_path: Path) -> None:
+    register_policy("test-lock-only", lambda: FunctionPolicy(lock_only, "lock-only"))
+    found = tmp_path / "found.json"
+    common = ["eval", "--policy", "test-lock-only", "--episodes", "6", "--json", str(found)]
+    both = CliRunner().invoke(app, [*common, "Guess-v0", "Lock-v0"], env={"COLUMNS": "100"})
+    assert both.exit_code == 4, both.output
+    assert "lock-only in Lock-v0" in both.output
+    assert "Error: Guess-v0: every one of 6 episodes ended with 'policy_error'" in both.output
+    assert "Traceback" not in both.output.partition("Error:")[2]
+    assert [one.env for one in EvalReport.model_validate_json(found.read_bytes()).results] == ["Lock-v0"]
+    alone = CliRunner().invoke(app, [*common, "Guess-v0"], env={"COLUMNS": "100"})
+    assert (alone.exit_code, "Error: every one of 6 episodes" in alone.output) == (4, True)
+    with pytest.raises(EvaluationFailed, match=r"^Guess-v0: ") as told:
+        evaluate(load_policy("test-lock-only"), ["Guess-v0", "Lock-v0"], episodes=2)
+    assert [one.env for one in told.value.finished.results] == ["Lock-v0"]
+
+
+def lock_only(request: PolicyRequest) -> str:
+    if len(str(request.observation)) < 2:
+        raise ValueError("no lock")
+    return str(request.info["admissible_actions"][0])
+
+
+def test_a_wrong_environment_is_told_before_the_first_has_been_played() -> None:
+    played: list[Summary] = []
+    with pytest.raises(UserError, match="no environment 'Locc-v0'"):
+        evaluate(echo, ["Guess-v0", "Locc-v0"], episodes=2, on_summary=played.append)
+    assert played == []
+    for env in (5, {"id": "Guess-v0"}, gym.make("Guess-v0"), ["Guess-v0", None]):
+        with pytest.raises(UserError, match="env is an environment's id or an EnvConfig"):
+            evaluate(echo, env)  # type: ignore[arg-type, call-overload]
+    with pytest.raises(UserError, match="seed=-1"):
+        evaluate(echo, "Guess-v0", episodes=2, seed=-1)
+
+
+def test_a_first_try_that_failed_does_not_occupy_the_folder(tmp_path: Path) -> None:
+    def fault(observation: str) -> str:
+        raise ValueError("a fault")
+
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no environment 'Gess-v0'"):
+        evaluate(echo, "Gess-v0", episodes=2, out=out)
+    with pytest.raises(InfrastructureError):
+        evaluate(fault, "Guess-v0", episodes=2, out=out)
+    assert evaluate(echo, "Guess-v0", episodes=2, out=out).success.value == 1
+    with pytest.raises(OtherEvaluation):  # now there is something to be lost
+        evaluate(fault, "Guess-v0", episodes=2, out=out)
+
+
+def test_two_evaluations_do_not_play_into_one_folder(tmp_path: Path) -> None:
+    def meddle(observation: str) -> str:
+        with pytest.raises(UserError, match="another evaluation is at work"):
+            evaluate(meddle, "Guess-v0", episodes=2, out=tmp_path / "out")
+        return echo(observation)
+
+    evaluate(meddle, "Guess-v0", episodes=2, out=tmp_path / "out")
+    evaluate(meddle, "Guess-v0", episodes=2, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"id": "eval-0"}, {"seed": 7}, {"id": "eval-0/2"}])
+def test_an_episode_that_nobody_asked_for_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    evaluate(echo, "Guess-v0", episodes=4, per_task=2, seed=0, out=tmp_path)
+    (file,) = (tmp_path / "trajectories").glob("*.jsonl")
+    line = json.loads(file.read_text().splitlines()[0]) | {"id": "more/1"} | change
+    file.write_text(f"{file.read_text()}{json.dumps(line)}\n")
+    with pytest.raises(DataError, match="is none of this evaluation's"):
+        evaluate(echo, "Guess-v0", episodes=4, per_task=2, seed=0, out=tmp_path)
 
 
 def test_environment_texts_are_what_the_agent_reads_and_writes() -> None:

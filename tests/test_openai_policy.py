@@ -473,12 +473,16 @@ def test_tokens_and_cost_are_counted_with_failed_attempts(server, policy):
     assert one.usage.seconds > 0
 
 
-def test_the_command_line_evaluates_and_shows_the_cost(server, monkeypatch):
+def test_the_command_line_evaluates_and_shows_the_cost(server, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     arguments = ["eval", "Lock-v0", "--policy", "openai", "--model", "small", "--episodes", "2", "--max-turns", "2"]
     arguments += ["--policy-arg", f"url={server.url}", "--policy-arg", "usd_per_million=[1, 10]"]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "found.json"), "--temperature", "0.5"])
     assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["usage"]["calls"], found["temperature"]) == (len(server.bodies), 0.5)
+    assert found["usage"]["completion_tokens"] > 0
+    assert found["usage"]["usd"] > 0
     assert "prompt tokens" in done.output
     assert "$0.00" in done.output
     assert KEY not in done.output

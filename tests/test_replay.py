@@ -159,9 +159,16 @@ def test_rescoring_by_a_function_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, episodes: list[Trajectory]
 ) -> None:
     (tmp_path / "my_judge.py").write_text(
+        "import asyncio\n"
         "def short(t):\n    return 1 / len(t.turns), len(t.turns) < 3\n"
         "def number(t):\n    return -1.0\n"
         "def words(t):\n    return 'good'\n"
+        "def endless(t):\n    return float('inf'), True\n"
+        "def huge(t):\n    return 10**400\n"
+        "def undefined(t):\n    return float('nan')\n"
+        "def breaks(t):\n    raise ConnectionError('the model is gone')\n"
+        "async def waits(t):\n    await asyncio.sleep(0)\n    return 0.5, len(t.turns) < 3\n"
+        "async def waits_and_breaks(t):\n    raise ConnectionError('the model is gone')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert [(one.outcome, one.success) for one in rescore(episodes, load_rule("my_judge:short"))][:2] == [
@@ -171,8 +178,18 @@ def test_rescoring_by_a_function_of_ones_own(
     assert {(one.outcome, one.success) for one in rescore(episodes[:2], load_rule("my_judge:number"))} == {
         (-1.0, False)
     }
-    with pytest.raises(UserError, match="answered 'good' to trajectory 'lost'"):
-        rescore(episodes, load_rule("my_judge:words"))
+    waited = rescore(episodes, load_rule("my_judge:waits"))
+    assert [(one.outcome, one.success) for one in waited] == [(0.5, False), (0.5, True), (0.0, False)]
+    for judge, message in (
+        ("words", "answered 'good' to trajectory 'lost'; wanted a finite outcome"),
+        ("endless", r"answered \(inf, True\) to trajectory 'lost'; wanted a finite outcome"),
+        ("huge", "answered 1000+ to trajectory 'lost'; wanted a finite outcome"),
+        ("undefined", "answered nan to trajectory 'lost'; wanted a finite outcome"),
+        ("breaks", "my_judge:breaks' failed on trajectory 'lost': ConnectionError: the model is gone"),
+        ("waits_and_breaks", "failed on trajectory 'lost': ConnectionError: the model is gone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rescore(episodes, load_rule(f"my_judge:{judge}"))
     for name in ("my_judge", "my_judge:nothing", "no_such_module:f"):
         with pytest.raises(UserError, match="rule "):
             load_rule(name)
@@ -232,6 +249,26 @@ def test_rescore_of_files_that_share_ids_tells_their_episodes_apart(tmp_path: Pa
     output = run("rescore", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--credit", "rloo").output
     assert re.search(r"successes\W+2\W+\+1\.0000", output), output
     assert re.search(r"failures\W+2\W+-1\.0000", output), output
+
+
+@pytest.mark.parametrize(
+    ("groups", "method", "told"),
+    [
+        (("a", "b"), "gigpo", True),
+        (("a", "a"), "gigpo", False),
+        (("a", "b"), "reinforce_pp", False),
+    ],
+    ids=["groups of one", "a group of two", "a method that compares with the batch"],
+)
+def test_credit_that_has_nothing_to_compare_with_is_told(
+    tmp_path: Path, groups: tuple[str, str], method: str, told: bool
+) -> None:
+    pair = [trajectory(str(n), [0.0], success=n == 0, group=group) for n, group in enumerate(groups)]
+    for name in ("one", "two"):  # a group lies within one file: the same name in another is another group
+        write_jsonl(tmp_path / f"{name}.jsonl", pair)
+    result = run("rescore", tmp_path / "one.jsonl", tmp_path / "two.jsonl", "--credit", method)
+    assert result.exit_code == 0, result.output
+    assert (f"every group has one trajectory, and {method} compares" in result.stderr) == told
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def shown(value: Any) -> str:
 
 
 def success_bar(*, shown: bool = True) -> Progress:
-    """Returns a bar over episodes on standard error; its tasks have a field ``success``, the text behind the count."""
+    """Returns a bar over episodes on standard error; what its tasks' field ``success`` says stands behind the count."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentrl.cli.common import check_output, console, errors, success_bar
-from agentrl.cli.evaluate import Running, short
+from agentrl.cli.evaluate import Running, check_reached, short
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -98,11 +98,21 @@ def verdict(found: Comparison) -> list[str]:
 def leaderboard(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="YAML file: environments and policies.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the suite; the same command plays the rest.")],
+    max_failures: Annotated[
+        int,
+        typer.Option(
+            "--max-failures",
+            metavar="N",
+            min=0,
+            help="Exit with 4 where infrastructure ended more episodes of a policy in an environment.",
+        ),
+    ] = 0,
 ) -> None:
     """Play several policies in several environments and rank them.
 
     Writes [b]leaderboard.md[/b] and [b]leaderboard.json[/b], and every episode, to the folder. A policy that fails
-    in an environment stops no other; the exit code is then 1, and the same command plays it again.
+    in an environment stops no other; the exit code is then 1, and the same command plays it again. Single episodes
+    that infrastructure ended are in no figure; the exit code is then 4 (see [b]--max-failures[/b]).
 
     Example:  [b]agentrl leaderboard benchmarks/leaderboard.yaml --out runs/leaderboard[/b]
     """
@@ -119,8 +129,15 @@ def leaderboard(
     console.print(f"written to {out / 'leaderboard.md'} and {out / 'leaderboard.json'}", soft_wrap=True)
     for line in board.failed:
         errors.print(Text(f"failed: {line}", style="bold red"), soft_wrap=True)
-    if board.failed:
+    results = [
+        one.model_copy(update={"policy": row.policy, "env": env})  # as the suite calls them
+        for row in board.rows
+        for env, one in row.results.items()
+    ]
+    if board.failed or any(one.infrastructure_failures for one in results):
         errors.print("the same command plays again what failed", soft_wrap=True)
+    check_reached(results, None, max_failures)
+    if board.failed:
         raise typer.Exit(1)
 
 
@@ -129,9 +146,10 @@ class _SuiteProgress:
 
     def __init__(self, suite: Suite) -> None:
         self._bar = success_bar()
-        self._task = self._bar.add_task(suite.name, total=suite.episodes * len(suite.cells()), success="")
         self._cell, self._done = ("", ""), 0
         self._running = Running(suite.per_task)
+        total = suite.episodes * len(suite.cells())
+        self._task = self._bar.add_task(suite.name, total=total, success=self._running)
 
     def __call__(self, policy: str, env: str, one: Summary) -> None:
         if self._cell != (policy, env):
@@ -139,15 +157,14 @@ class _SuiteProgress:
             self._running.reset()
         self._done += 1
         self._running.add(one)
-        if shown := self._running.text():
-            self._bar.update(self._task, completed=self._done, description=f"{policy} {env}", success=shown)
+        self._bar.update(self._task, completed=self._done, description=f"{policy} {env}")
 
     def __enter__(self) -> _SuiteProgress:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.update(self._task, completed=self._done)
+        self._running.settle()
         self._bar.live.transient = kind is not None and not self._done
         self._bar.stop()
 
@@ -162,10 +179,7 @@ def ranking(board: Leaderboard) -> Table:
     result.add_column("mean", justify="right")
     for row in board.rows:
         mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
-        cells = [
-            short(row.results[env].success) if env in row.results else "failed" if env in row.failed else "-"
-            for env in board.environments
-        ]
+        cells = [row.cell(env, short) for env in board.environments]
         if wide:
             result.add_row(row.policy, *cells, mean)
             continue

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from agentrl.cli.common import (
     EnvArg,
@@ -33,7 +34,8 @@ from agentrl.cli.common import (
     table,
     usage_rows,
 )
-from agentrl.errors import UserError
+from agentrl.errors import EnvironmentFailure, InfrastructureError, UserError
+from agentrl.terminal import visible
 
 if TYPE_CHECKING:
     from agentrl.config import EnvConfig, RunConfig
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 EXIT_BELOW = 3
 """``--fail-under`` was not reached."""
 EXIT_FAILURES = 4
-"""More infrastructure failures than ``--max-failures``: the figures are of what is left, and say too little."""
+"""More infrastructure failures than ``--max-failures``, or nothing else: the figures say too little, or are none."""
 _BETWEEN_S = 0.5
 """Seconds between two running intervals."""
 
@@ -68,7 +70,7 @@ def evaluate(
         int, typer.Option("--per-task", metavar="K", min=1, help="Episodes of each task: pass@k and pass^k.")
     ] = 1,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the first task; default 10^12, or the file's.")
+        int | None, typer.Option(metavar="N", min=0, help="Of the first task; default 10^12, or the file's.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Of a model's sampling; 0 = greedy.")
@@ -112,7 +114,7 @@ def evaluate(
     Example:  [b]agentrl eval Sokoban-v0 --model models/sft --per-task 4 --fail-under 0.8[/b]
     """
     from agentrl.evaluate import evaluate as measure
-    from agentrl.evaluate.result import EvalReport
+    from agentrl.evaluate.result import EvalReport, EvaluationFailed
     from agentrl.rollout import run
 
     config, envs = _settings(targets)
@@ -131,6 +133,7 @@ def evaluate(
     options = assignments(policy_arg, "--policy-arg")
     player = make_policy(policy, model, options, threads or config.model.threads)
     watch = _Watch(player, [env.id for env in envs], count, per_task)
+    failed: InfrastructureError | None = None
     try:
         with watch, may_leave(player):
             found = measure(
@@ -146,6 +149,12 @@ def evaluate(
                 policy_options={**options, "model": model},
                 **watch.hooks,
             )
+            watch.running.settle(found.results[-1].success)
+    except EnvironmentFailure:
+        raise
+    except InfrastructureError as error:
+        failed = error
+        found = error.finished if isinstance(error, EvaluationFailed) else EvalReport(policy=player.name, results=[])
     except KeyboardInterrupt:
         if out is not None:
             of = f"{watch.episodes} of {count * len(envs)} episodes"
@@ -153,22 +162,29 @@ def evaluate(
         raise
     finally:
         run(player.aclose())
-    result: EvalReport | EvalResult = found if len(envs) > 1 else found.results[0]
-    if json is not None:
-        _write(result, json)
-    if isinstance(result, EvalReport):
-        console.print(across(result))
+    if failed is None or len(envs) > 1:
+        result: EvalReport | EvalResult = found if len(envs) > 1 else found.results[0]
+        if json is not None:
+            _write(result, json)
+        if isinstance(result, EvalReport) and result.results:
+            console.print(across(result))
     for one in found.results:
         console.print(
             table(f"{one.policy} in {one.env}", [*_rows(one), *(usage_rows(player) if len(envs) == 1 else ())])
         )
     if len(envs) > 1 and (usage := usage_rows(player)):
         console.print(table("Cost", usage))
+    if failed is not None:
+        errors.print(Text(visible(f"Error: {failed}"), style="bold red"), soft_wrap=True)
+        raise typer.Exit(EXIT_FAILURES)
     check_reached(found.results, fail_under, max_failures)
 
 
 class Running:
     """The success of one policy in one environment so far, with the interval that its result will have.
+
+    As text it is what a bar shows: ``45.0% [40.1, 50.2]``, "" without a scored episode. The interval is computed when
+    the bar is drawn, and not each time.
 
     Args:
         per_task: episodes of each task; from 2 on the interval is over tasks.
@@ -177,32 +193,40 @@ class Running:
 
     def __init__(self, per_task: int, clock: Callable[[], float] = monotonic) -> None:
         self._per_task, self._clock = per_task, clock
-        self._shown = -_BETWEEN_S
+        self._computed = -_BETWEEN_S
         self.reset()
 
     def reset(self) -> None:
         """Begins anew, in another environment or with another policy."""
-        self._successes: list[bool] = []
-        self._tasks: list[int] = []
+        self._episodes: list[tuple[bool, int]] = []
+        self._text, self._of = "", 0
 
     def add(self, one: Summary) -> None:
         """Counts an episode; infrastructure failures are in no rate."""
         if one.scorable:
-            self._successes.append(one.success)
-            self._tasks.append(one.seed)
+            self._episodes.append((one.success, one.seed))
 
-    def text(self, *, now: bool = False) -> str | None:
-        """Returns ``45.0% [40.1, 50.2]``; None without a scored episode, or so soon after the last (unless `now`)."""
-        if not self._successes or not (now or self._clock() - self._shown >= _BETWEEN_S):
-            return None
+    def __str__(self) -> str:
+        if len(self._episodes) > self._of and self._clock() - self._computed >= _BETWEEN_S:
+            self.settle()
+        return self._text
+
+    def settle(self, found: Proportion | None = None) -> None:
+        """Takes the result, or computes what there is now."""
         from agentrl.evaluate import cluster_proportion, wilson
 
-        if self._per_task > 1:
-            found = cluster_proportion(self._successes, self._tasks, resamples=500)
-        else:
-            found = wilson(sum(self._successes), len(self._successes))
-        self._shown = self._clock()
-        return short(found)
+        episodes = self._episodes.copy()  # a bar is drawn by a thread of its own
+        if not episodes:
+            return
+        successes, tasks = zip(*episodes, strict=True)
+        if found is None:
+            clustered = self._per_task > 1
+            found = (
+                cluster_proportion(successes, tasks, resamples=500)
+                if clustered
+                else wilson(sum(successes), len(successes))
+            )
+        self._text, self._of, self._computed = short(found), len(episodes), self._clock()
 
 
 class _Watch:
@@ -210,31 +234,31 @@ class _Watch:
 
     def __init__(self, player: Policy, envs: Sequence[str], count: int, per_task: int) -> None:
         self.episodes = 0
-        self._running = Running(per_task)
+        self.running = Running(per_task)
         self._plain = EpisodeProgress(envs[0], count, shown=False) if player.interactive else None
         self.hooks: dict[str, Any] = {"on_summary": self._add}
         if self._plain is not None:
             self.hooks["on_episode"] = self._plain
         self._bar = success_bar(shown=self._plain is None)
         self._envs, self._count = envs, count
-        self._task = self._bar.add_task(envs[0], total=count * len(envs), success="")
+        self._task = self._bar.add_task(envs[0], total=count * len(envs), success=self.running)
 
     def _add(self, one: Summary) -> None:
         place, inside = divmod(self.episodes, self._count)
         if inside == 0:
-            self._running.reset()
+            self.running.reset()
         self.episodes += 1
-        self._running.add(one)
-        if shown := self._running.text(now=inside + 1 == self._count):
-            env = self._envs[min(place, len(self._envs) - 1)]
-            self._bar.update(self._task, completed=self.episodes, description=env, success=shown)
+        self.running.add(one)
+        env = self._envs[min(place, len(self._envs) - 1)]
+        self._bar.update(self._task, completed=self.episodes, description=env)
 
     def __enter__(self) -> _Watch:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.update(self._task, completed=self.episodes)
+        if kind is not None:
+            self.running.settle()
         self._bar.live.transient = kind is not None and not self.episodes  # no empty bar above an error
         self._bar.stop()
 
@@ -309,7 +333,9 @@ def across(report: EvalReport) -> Table:
 
 
 def _rows(result: EvalResult) -> list[tuple[str, object]]:
-    over = "over episodes (Wilson)" if result.success_interval == "wilson" else "over tasks (bootstrap)"
+    over = "over tasks (bootstrap)" if result.success_interval == "bootstrap" else "over episodes (Wilson)"
+    if result.success_interval == "wilson" and result.per_task > 1:
+        over = "over tasks, which all have the same rate (Wilson)"
     rows: list[tuple[str, object]] = [
         ("success", f"{result.success}, 95 % interval {over}"),
         ("outcome, mean", result.outcome),

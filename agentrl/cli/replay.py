@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -244,6 +245,7 @@ def rescore(
     before: list[Trajectory] = []
     after: list[Trajectory] = []
     credited: list[tuple[bool, dict[str, Any]]] = []
+    groups: Counter[tuple[Path, str]] = Counter()
     for file in files:
         episodes = read(file, skip_broken)
         scored = score_again(episodes, judge) if judge is not None else episodes
@@ -251,11 +253,19 @@ def rescore(
         if out is not None:
             _keep(out, file.name, scored, found)
         before, after = before + episodes, after + scored
+        groups.update((file, one.group_id) for one in scored if one.scorable)
         won = {one.id: one.success for one in scored}  # ids say which episode within one file alone
         credited += [(won[line["id"]], line) for line in found or ()]
     console.print(_changed(before, after))
     if credit is not None:
         console.print(_credited(credit, credited))
+        if max(groups.values()) == 1 and not any(value for _, line in credited for value in line["episode"]):
+            errors.print(
+                f"every group has one trajectory, and {credit} compares an outcome with others of its group: none "
+                "counts; agentrl collect --group-size K (eval --per-task K) plays each task K times",
+                style="yellow",
+                soft_wrap=True,
+            )
     if out is not None:
         console.print(f"written to {out}", soft_wrap=True)
 

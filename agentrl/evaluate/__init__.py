@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from agentrl.evaluate.evaluate import evaluate
-from agentrl.evaluate.result import EvalReport, EvalResult, StopStats
+from agentrl.evaluate.result import EvalReport, EvalResult, EvaluationFailed, StopStats, UsageStats
 from agentrl.evaluate.stats import (
     Interval,
     Proportion,
@@ -20,9 +20,11 @@ from agentrl.evaluate.stats import (
 __all__ = [
     "EvalReport",
     "EvalResult",
+    "EvaluationFailed",
     "Interval",
     "Proportion",
     "StopStats",
+    "UsageStats",
     "bootstrap_mean",
     "cluster_proportion",
     "evaluate",

@@ -6,7 +6,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ from agentrl.envs.registry import load_plugins
 from agentrl.errors import DataError, UserError
 from agentrl.evaluate.stats import Interval, bootstrap_mean, sign_flip_p
 from agentrl.evaluate.store import EPISODES, SETTINGS, read_settings
+from agentrl.remote.address import name_of
 from agentrl.types import Trajectory
 
 _RULES = ("max_turns", "wrappers", "instructions")
@@ -79,6 +80,15 @@ class _Side:
     failures: int
     settings: Mapping[str, Any] | None = None
     """``settings.json`` of its folder, where it has one."""
+    hosts: set[str] = field(default_factory=set)
+    """Ids of the environments as they were given: a served one has an address."""
+    played: int = 0
+    wanted: int = 0
+    """Episodes that it asked for; 0 where that is not known."""
+
+    @property
+    def incomplete(self) -> str:
+        return f"{self.name} is not complete ({self.played} of {self.wanted} episodes)"
 
     @property
     def environments(self) -> set[tuple[str, str]]:
@@ -122,22 +132,30 @@ def compare(
         b: likewise.
         env: compare in this environment alone.
         seed: of the resampling.
-        anyway: compare what was played under other turn limits, wrappers, instructions or outcome rules, and list those
-            (`Comparison.differences`).
+        anyway: compare what was played under other turn limits, wrappers, instructions or outcome rules, or is not
+            complete, and list that (`Comparison.differences`).
 
     Raises:
-        UserError: other environments, arguments or rules on the two sides (names them), or no task in common. Rules
-            (turn limit, wrappers, instructions, outcome) are known where both sides are of an evaluation's folder.
+        UserError: other environments, arguments or rules on the two sides (names them), an evaluation that was
+            interrupted, or no task in common. Rules (turn limit, wrappers, instructions, outcome) are known where both
+            sides are of an evaluation's folder.
         DataError: as `load_episodes`, or settings that cannot be read.
     """
     left, right = _side(a, "A", env), _side(b, "B", env)
     _check_same(left, right)
-    differences = _other_rules(left, right)
-    if differences and not anyway:
+    cut = [side for side in (left, right) if side.played < side.wanted]
+    if cut and not anyway:
         raise UserError(
-            f"{left.name} and {right.name} were not played under the same rules: {differences[0]}; evaluate both with "
+            f"{cut[0].incomplete}: those that ended first, which are not like the rest; the command that began it "
+            "plays what is missing (--anyway compares them as they are)"
+        )
+    rules = _other_rules(left, right)
+    if rules and not anyway:
+        raise UserError(
+            f"{left.name} and {right.name} were not played under the same rules: {rules[0]}; evaluate both with "
             "the same (--anyway compares them as they are)"
         )
+    differences = [side.incomplete for side in cut] + rules + _other_hosts(left, right)
     tasks = [task for task in left.success if task in right.success]
     if not tasks:
         raise UserError(
@@ -173,16 +191,19 @@ def _side(source: Any, name: str, env: str | None) -> _Side:
     episodes = load_episodes(source) if from_file else list(source)
     if env is not None:
         known = sorted({one.env for one in episodes})
-        episodes = [one for one in episodes if one.env == env]
+        episodes = [one for one in episodes if env in (one.env, name_of(one.env))]
         if not episodes:
             raise UserError(f"{name} has no episode of {env!r}; it has: {', '.join(known)}")
     settings = _settings(Path(source)) if from_file else None
     side = _Side(str(source) if from_file else name, defaultdict(list), defaultdict(list), 0, settings)
+    side.hosts = {one.env for one in episodes}
+    if settings is not None:
+        side.played, side.wanted = len(episodes), _wanted(Path(source), settings, env)
     for one in episodes:
         if not one.scorable:
             side.failures += 1
             continue
-        task = _Task(one.env, json.dumps(one.task, sort_keys=True, separators=(",", ":")), one.seed)
+        task = _Task(name_of(one.env), json.dumps(one.task, sort_keys=True, separators=(",", ":")), one.seed)
         side.success[task].append(float(one.success))
         side.outcome[task].append(one.outcome)
     if not side.success:
@@ -216,6 +237,20 @@ def _settings(source: Path) -> dict[str, Any] | None:
     return read_settings(folder / SETTINGS) if inside and (folder / SETTINGS).exists() else None
 
 
+def _wanted(source: Path, settings: Mapping[str, Any], env: str | None) -> int:
+    """Returns how many episodes the evaluation of a folder, or of one of its files, was to have (in `env` alone)."""
+    if not source.is_dir():
+        return int(settings.get("episodes", 0))
+    ids = [one["id"] for one in settings["environments"]]
+    return int(settings.get("episodes", 0)) * sum(env is None or env in (one, name_of(one)) for one in ids)
+
+
+def _other_hosts(left: _Side, right: _Side) -> list[str]:
+    """Returns which environments were played at one place by A and at another by B: a server may set arguments too."""
+    pairs = [(a, b) for a in sorted(left.hosts) for b in sorted(right.hosts) if name_of(a) == name_of(b) and a != b]
+    return [f"{name_of(a)}: {a!r} of A, {b!r} of B (arguments that a server's owner set are unknown)" for a, b in pairs]
+
+
 def _other_rules(left: _Side, right: _Side) -> list[str]:
     """Returns which rules of the environments and of the outcome differ: the values of A and of B."""
     if left.settings is None or right.settings is None:
@@ -224,7 +259,7 @@ def _other_rules(left: _Side, right: _Side) -> list[str]:
     found = []
     for env in sorted({task.env for task in left.success}):
         # One environment may stand there several times, with other arguments; `_check_same` has seen that both have it.
-        ours, theirs = ([one for one in side["environments"] if one["id"] == env] for side in settings)
+        ours, theirs = ([one for one in side["environments"] if name_of(one["id"]) == env] for side in settings)
         for mine, other in zip(ours, theirs, strict=False):
             rules = {key: (_rule(mine, key), _rule(other, key)) for key in _RULES}
             found += [f"{env}: {_values(key, a, b)}" for key, (a, b) in rules.items() if a != b]
@@ -248,7 +283,7 @@ def _rule(env: Mapping[str, Any], key: str) -> Any:
     value = env.get(key, EnvConfig.model_fields[key].get_default(call_default_factory=True))
     if key == "max_turns" and value is None:
         load_plugins()
-        spec = gym.registry.get(env["id"])
+        spec = gym.registry.get(name_of(env["id"]))
         return spec.max_episode_steps if spec is not None else None
     return value
 

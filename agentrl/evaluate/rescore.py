@@ -10,13 +10,15 @@ dialogue, which the agent never saw and the file does not hold.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agentrl.config.schema import OutcomeConfig
 from agentrl.errors import DataError, UserError
 from agentrl.policy import load_function
-from agentrl.rollout import score
+from agentrl.rollout import run, score
 from agentrl.types import Trajectory, Turn
 
 Rule = Callable[[Trajectory], tuple[float, bool]]
@@ -34,7 +36,8 @@ def rule_of(config: OutcomeConfig) -> Rule:
 def load_rule(name: str) -> Rule:
     """Returns the function ``module:function`` as a rule: it takes a `Trajectory` and returns (outcome, success).
 
-    A number alone is an outcome whose success is that it is above 0.
+    A number alone is an outcome whose success is that it is above 0. An async function is awaited. The rule raises
+    `UserError`, with the trajectory's id, where the function raises or answers with anything else.
 
     Raises:
         UserError: no such module or function.
@@ -45,15 +48,24 @@ def load_rule(name: str) -> Rule:
         raise UserError(f"rule {name!r}: {error}") from error
 
     def rule(trajectory: Trajectory) -> tuple[float, bool]:
-        answer = function(trajectory)
+        try:
+            answer = function(trajectory)
+            if inspect.iscoroutine(answer):
+                answer = run(answer)
+        except Exception as error:
+            raise UserError(
+                f"rule {name!r} failed on trajectory {trajectory.id!r}: {type(error).__name__}: {error}"
+            ) from error
         try:
             outcome, success = answer if isinstance(answer, tuple) else (answer, float(answer) > 0)
-            return float(outcome), bool(success)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"rule {name!r} answered {answer!r:.80} to trajectory {trajectory.id!r}; wanted an outcome, or "
-                "(outcome, success)"
-            ) from None
+            if math.isfinite(outcome := float(outcome)):
+                return outcome, bool(success)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise UserError(
+            f"rule {name!r} answered {answer!r:.80} to trajectory {trajectory.id!r}; wanted a finite outcome, or "
+            "(outcome, success)"
+        )
 
     return rule
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from agentrl.errors import InfrastructureError
 from agentrl.evaluate.stats import (
     Interval,
     Proportion,
@@ -33,6 +34,17 @@ class StopStats(BaseModel):
     """Mean outcome; None likewise."""
 
 
+class UsageStats(BaseModel):
+    """What the calls of a served policy have cost, for what was played now."""
+
+    calls: int
+    attempts: int
+    """Requests, those that were tried again included."""
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float
+
+
 class EvalResult(BaseModel):
     """What an evaluation found. Means and intervals are over the episodes that can be scored."""
 
@@ -47,6 +59,7 @@ class EvalResult(BaseModel):
     success: Proportion
     """Success rate with its 95 % interval: Wilson's, or with several episodes a task a bootstrap over tasks."""
     success_interval: Literal["wilson", "bootstrap"] = "wilson"
+    """`wilson` too where all tasks have the same rate: see `cluster_proportion`."""
     outcome: Interval
     """Mean outcome reward with its 95 % bootstrap interval over tasks."""
     pass_at_k: dict[int, Interval] = Field(default_factory=dict)
@@ -74,6 +87,8 @@ class EvalResult(BaseModel):
     seed: int
     temperature: float | None
     """Of the sampling; None for policies that do not sample tokens."""
+    usage: UsageStats | None = None
+    """What the calls of a served policy have cost; None for others."""
 
     @property
     def tasks(self) -> int:
@@ -98,6 +113,14 @@ class EvalReport(BaseModel):
         return sum(result.infrastructure_failures for result in self.results)
 
 
+class EvaluationFailed(InfrastructureError):
+    """No episode of some environment could be scored; `finished` holds what was found in the others."""
+
+    def __init__(self, message: str, finished: EvalReport) -> None:
+        super().__init__(message)
+        self.finished = finished
+
+
 def result_of(
     summaries: Sequence[Summary],
     *,
@@ -108,6 +131,7 @@ def result_of(
     seed: int,
     seconds: float,
     temperature: float | None,
+    usage: UsageStats | None = None,
 ) -> EvalResult:
     """Returns the result of the episodes `summaries`, in whatever order; at least one must be scorable."""
     ordered = sorted(summaries, key=attrgetter("task", "member"))
@@ -120,6 +144,10 @@ def result_of(
     stopped = _by_stop_reason(ordered)
     clustered = per_task > 1
     at_k, hat_k = _pass_k(scored, per_task, seed) if clustered else ({}, {})
+    by_task: dict[int, list[bool]] = defaultdict(list)
+    for one in scored:
+        by_task[one.seed].append(one.success)
+    spread = clustered and len({fmean(won) for won in by_task.values()}) > 1
     return EvalResult(
         env=env,
         env_kwargs=env_kwargs,
@@ -127,7 +155,7 @@ def result_of(
         episodes=len(ordered),
         per_task=per_task,
         success=cluster_proportion(successes, tasks, seed=seed) if clustered else wilson(sum(successes), len(scored)),
-        success_interval="bootstrap" if clustered else "wilson",
+        success_interval="bootstrap" if spread else "wilson",
         outcome=bootstrap_mean([one.outcome for one in scored], tasks, seed=seed),
         pass_at_k=at_k,
         pass_hat_k=hat_k,
@@ -141,7 +169,8 @@ def result_of(
         episode_seconds=fmean(one.seconds for one in scored),
         seconds=seconds,
         seed=seed,
-        temperature=temperature if tokens else None,
+        temperature=temperature if tokens or usage is not None else None,
+        usage=usage,
     )
 
 

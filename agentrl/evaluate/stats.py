@@ -37,7 +37,8 @@ class Proportion(BaseModel):
 
 
 class Interval(BaseModel):
-    """A mean with its interval; `low` and `high` are None where fewer than two tasks say nothing about the spread."""
+    """A mean with its interval; `low` and `high` are None where the tasks say nothing about the spread: there are fewer
+    than two, or all have the same value."""
 
     value: float
     low: float | None = None
@@ -107,6 +108,8 @@ def bootstrap_mean(
     cluster_of_value = np.array([index[cluster] for cluster in clusters])
     sums = np.bincount(cluster_of_value, weights=np.asarray(values, dtype=float), minlength=count)
     sizes = np.bincount(cluster_of_value, minlength=count)
+    if np.ptp(sums / sizes) == 0:  # an interval without width would promise what was not seen
+        return Interval(value=mean)
     means = _resampled(sums, sizes, resamples, np.random.default_rng(seed))
     tail = expanded_tail(count, level)
     low, high = np.quantile(means, [tail, 1 - tail])
@@ -162,7 +165,7 @@ def cluster_proportion(
 ) -> Proportion:
     """Returns the success rate with an interval over tasks, for several episodes of each task.
 
-    The interval is the bootstrap's. Where all tasks have the same rate the bootstrap has no width; the interval is then
+    The interval is the bootstrap's. Where all tasks have the same rate there is none; the interval is then
     Wilson's with each task counted once, as if its episodes were copies of one another.
 
     Args:
@@ -176,7 +179,7 @@ def cluster_proportion(
         UserError: no episodes, or lengths that differ.
     """
     found = bootstrap_mean([float(s) for s in successes], tasks, level=level, resamples=resamples, seed=seed)
-    if found.low is None or found.high is None or found.low == found.high:
+    if found.low is None or found.high is None:
         low, high = _wilson_bounds(found.value, len(set(tasks)), level)
     else:
         low, high = found.low, found.high

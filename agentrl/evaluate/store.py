@@ -11,6 +11,7 @@ the episode whose line was being written. The same evaluation opened again plays
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from agentrl.rollout import Summary, summarise
 from agentrl.types import Trajectory
 from agentrl.versions import write_versions
 
-SETTINGS, RESULT, EPISODES = "settings.json", "result.json", "trajectories"
+SETTINGS, RESULT, EPISODES, LOCK = "settings.json", "result.json", "trajectories", ".lock"
 _SYNC_S = 1.0
 
 
@@ -101,8 +102,8 @@ class EvalStore:
     """The folder `folder` of the evaluation that `settings` (`identity`) define.
 
     Raises:
-        OtherEvaluation: it was made with other settings (names the first that differs), or holds something else.
-        UserError: it cannot be written.
+        OtherEvaluation: it holds episodes of other settings (names the first that differs), or something else.
+        UserError: it cannot be written, or another evaluation is at work in it.
         DataError: its settings cannot be read.
     """
 
@@ -112,13 +113,36 @@ class EvalStore:
         self._file: Any = None
         self._synced = 0.0
         path = self.folder / SETTINGS
-        if path.exists():
-            self._check(path)
-        elif any(self.folder.iterdir()):
+        if not path.exists() and any(self.folder.iterdir()):
             raise OtherEvaluation(f"{str(self.folder)!r} holds something that is no evaluation; choose another folder")
-        else:
-            _write_json(path, self._settings)
+        self._lock = _locked(self.folder)
+        try:
+            self._open(path)
+        except BaseException:
+            self._lock.close()
+            raise
         write_versions(self.folder)
+
+    def _open(self, path: Path) -> None:
+        if path.exists():
+            try:
+                self._check(path)
+                return
+            except OtherEvaluation:
+                # What failed at once (a wrong name, a function with a fault) is not what its repair has to complete.
+                if self._has_episodes():
+                    raise
+            for file in (self.folder / EPISODES).glob("*.jsonl"):
+                file.unlink()
+        _write_json(path, self._settings)
+
+    def _has_episodes(self) -> bool:
+        """Whether any episode here can be scored, or cannot be read."""
+        for file in (self.folder / EPISODES).glob("*.jsonl"):
+            broken: list[DataError] = []
+            if any(one.scorable for one in read_jsonl(file, on_error="skip", on_skip=broken.append)) or broken:
+                return True
+        return False
 
     def _check(self, path: Path) -> None:
         ours, theirs = dotted(self._settings, lists=True), dotted(read_settings(path), lists=True)
@@ -146,6 +170,9 @@ class EvalStore:
         """Returns the scorable episodes of an environment that an earlier call played.
 
         What must be played again (infrastructure failures, a line that a kill cut off) is taken out of the file.
+
+        Raises:
+            DataError: an episode that nobody asked for: somebody else has written into the file.
         """
         path = self.path(place, env_id)
         if not path.exists():
@@ -155,7 +182,18 @@ class EvalStore:
         kept = {one.id: one for one in stored if one.scorable}
         if broken or len(kept) < len(stored):
             write_jsonl(path, kept.values())
-        return [summarise(one, one.seed - seed, int(one.id.rpartition("/")[2])) for one in kept.values()]
+        return [summarise(one, *self._place(path, one, seed)) for one in kept.values()]
+
+    def _place(self, path: Path, one: Trajectory, seed: int) -> tuple[int, int]:
+        """Returns (place of the task, member) of a stored episode."""
+        per_task = self._settings["per_task"]
+        task, member = one.seed - seed, one.id.rpartition("/")[2]
+        if not (0 <= task < self._settings["episodes"] // per_task and member.isdecimal() and int(member) < per_task):
+            raise DataError(
+                f"{path}: episode {one.id!r} (seed {one.seed}) is none of this evaluation's; take it out, or choose "
+                "another folder"
+            )
+        return task, int(member)
 
     def append(self, place: int, env_id: str, trajectory: Trajectory) -> None:
         """Writes an episode that has just ended."""
@@ -175,10 +213,32 @@ class EvalStore:
             self._file.close()
             self._file = None
 
+    def release(self) -> None:
+        """Lets others play into the folder."""
+        self.close()
+        self._lock.close()
+
     def write_result(self, report: EvalReport) -> None:
         """Writes the result of a complete evaluation."""
         with atomic_write(self.folder / RESULT) as file:
             file.write(report.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _locked(folder: Path) -> Any:
+    """Returns the open lock file of a folder: two that play the same evaluation would write every episode twice.
+
+    Raises:
+        UserError: another has it.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another evaluation is at work in {str(folder)!r}; wait for it, or choose another folder"
+        ) from None
+    return file
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from agentrl.config.load import check_keys, checked, read_yaml
 from agentrl.config.schema import EnvConfig, OutcomeConfig, RolloutConfig, Section
-from agentrl.errors import AgentRLError, UserError
-from agentrl.evaluate.evaluate import evaluate
+from agentrl.errors import AgentRLError, ConfigError, UserError
+from agentrl.evaluate.evaluate import check_made, evaluate
 from agentrl.evaluate.result import EvalResult
+from agentrl.evaluate.stats import Proportion
 from agentrl.evaluate.store import OtherEvaluation
 from agentrl.files import atomic_write
 from agentrl.policy import Policy, Sampling, load_policy
@@ -33,13 +35,14 @@ class Entrant(Section):
     """Model directory that acts."""
     temperature: float | None = Field(default=None, ge=0)
     """Of a model's sampling; None takes the suite's rollout's, 0 is greedy."""
-    only: list[str] | None = None
+    only: list[str] | None = Field(default=None, min_length=1)
     """Names of the environments that it plays; None: all."""
 
     @model_validator(mode="after")
     def _somebody_acts(self) -> Entrant:
         if not self.policy and self.model is None:
-            raise ValueError("who acts? give policy or model")
+            # No ValueError: `checked` tells those of a whole section without their key and line.
+            raise PydanticCustomError("nobody_acts", "who acts? give policy or model")
         return self
 
     def load(self) -> Policy:
@@ -69,7 +72,17 @@ class Suite(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     outcome: OutcomeConfig = Field(default_factory=OutcomeConfig)
     environments: dict[str, EnvConfig] = Field(min_length=1)
+    """By name; an id alone (``lock: Lock-v0``) is ``{id: Lock-v0}``."""
     policies: dict[str, Entrant] = Field(min_length=1)
+    """By name; a policy's name alone (``random: random``) is ``{policy: random}``."""
+
+    @field_validator("environments", "policies", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        key = "id" if info.field_name == "environments" else "policy"
+        if not isinstance(value, dict):
+            return value
+        return {name: {key: one} if isinstance(one, str) else one for name, one in value.items()}
 
     @model_validator(mode="after")
     def _names(self) -> Suite:
@@ -106,6 +119,13 @@ class Row(BaseModel):
     mean_success: float | None
     """Over all environments, each weighing the same; None where it did not play all."""
 
+    def cell(self, env: str, shown: Callable[[Proportion], str] = str) -> str:
+        """Returns its cell of the table: success, and the number of episodes that infrastructure ended."""
+        if (one := self.results.get(env)) is None:
+            return "failed" if env in self.failed else "-"
+        ended = f" ({one.infrastructure_failures} failed)" if one.infrastructure_failures else ""
+        return shown(one.success) + ended
+
 
 class Leaderboard(BaseModel):
     """What a suite found, best first: by mean success, then those that did not play everywhere by name."""
@@ -124,16 +144,13 @@ class Leaderboard(BaseModel):
         head = ["policy", *self.environments, "mean"]
         lines = [f"# {self.name}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for row in self.rows:
-            cells = [
-                str(row.results[env].success) if env in row.results else "failed" if env in row.failed else "-"
-                for env in self.environments
-            ]
+            cells = [row.cell(env) for env in self.environments]
             mean = "-" if row.mean_success is None else f"{row.mean_success:.1%}"
             lines.append(f"| {' | '.join([row.policy, *cells, mean])} |")
         failures = sum(one.infrastructure_failures for row in self.rows for one in row.results.values())
-        lines += ["", "Success with its 95 % interval, and the episodes it is out of."]
+        lines += ["", "Success with its 95 % interval, and the scored episodes it is out of."]
         if failures:
-            lines.append(f"Infrastructure failures, in no figure: {failures}.")
+            lines.append(f"Infrastructure failures, in no figure: {failures}; the same command plays them again.")
         if self.failed:
             lines += ["", "Failed; the same command plays them again:", ""]
             lines += ["* " + " ".join(one.split()) for one in self.failed]
@@ -144,10 +161,15 @@ def load_suite(path: str | os.PathLike[str]) -> Suite:
     """Returns the suite in a YAML file.
 
     Raises:
-        ConfigError: no such file, an unknown key or a bad value; names file and line.
+        ConfigError: no such file, an unknown key or a bad value (names file and line), no environment or no policy
+            (names the file), or keys that do not fit together (names them).
     """
     data, places = read_yaml(Path(path))
-    return checked(Suite, check_keys(Suite, data, "", places), places)
+    data = check_keys(Suite, data, "", places)
+    for key, example in (("environments", "lock: Lock-v0"), ("policies", "random: random")):
+        if not data.get(key):
+            raise ConfigError(f"{path} has no {key}; give one or more, for instance {key}: {{{example}}}")
+    return checked(Suite, data, places)
 
 
 def play_suite(
@@ -155,8 +177,8 @@ def play_suite(
 ) -> Leaderboard:
     """Plays what is missing of `suite` in the folder `out` and writes ``leaderboard.json`` and ``leaderboard.md``.
 
-    Each policy in each environment has its own folder there (`EvalStore`). One that fails (a server is gone, an
-    environment cannot be made) stops no other: the leaderboard has its error, and the same call plays it again.
+    Each policy in each environment has its own folder there (`EvalStore`). One that fails (a server is gone, a data set
+    is missing) stops no other: the leaderboard has its error, and the same call plays it again.
 
     Args:
         suite: what to play.
@@ -164,12 +186,18 @@ def play_suite(
         on_summary: called with policy, environment and the summary of each episode, those already there too.
 
     Raises:
-        UserError: a policy cannot be made, which is told before anything is played.
+        UserError: a policy cannot be made, or a local environment does not exist or refuses its arguments; told before
+            anything is played.
         OtherEvaluation: `out` holds episodes of other settings.
     """
     folder = Path(out)
     for name in dict.fromkeys(policy for policy, _ in suite.cells()):
         run(suite.policies[name].load().aclose())  # a name that does not exist is told before anything is played
+    for name, config in suite.environments.items():
+        try:
+            check_made(config)
+        except UserError as error:
+            raise UserError(f"environments.{name}: {error}") from error
     results: dict[str, dict[str, EvalResult]] = {}
     failed: dict[str, dict[str, str]] = {}
     for name, entrant in suite.policies.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -202,8 +203,9 @@ def test_functions_that_fail_or_answer_nonsense_are_policy_errors() -> None:
             return "a"
         raise ValueError("out of ideas")
 
-    with pytest.raises(InfrastructureError, match="turn 1 of episode g/0: ValueError: out of ideas"):
+    with pytest.raises(InfrastructureError, match="turn 1 of episode g/0: ValueError: out of ideas") as told:
         play(FunctionPolicy(fails, reads="observation"), [Task(0, "g")])
+    assert "no running event loop" not in "".join(traceback.format_exception(told.value))
     nonsense: Any = lambda observation: 3  # noqa: E731
     with pytest.raises(InfrastructureError, match=r"answered 3 \(int\); an action is text"):
         play(FunctionPolicy(nonsense, "nonsense", reads="observation"), [Task(0, "g")])

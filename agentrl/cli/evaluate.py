@@ -166,7 +166,7 @@ def evaluate(
         result: EvalReport | EvalResult = found if len(envs) > 1 else found.results[0]
         if json is not None:
             _write(result, json)
-        if isinstance(result, EvalReport) and result.results:
+        if isinstance(result, EvalReport) and len(result.results) > 1:
             console.print(across(result))
     for one in found.results:
         console.print(

@@ -175,7 +175,7 @@ def _naming(env: EnvConfig) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if type(error) is not UserError or env.id in str(error):
+        if env.id in str(error):
             raise
         raise UserError(f"{env.id}: {error}") from error
 

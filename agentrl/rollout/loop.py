@@ -23,28 +23,38 @@ _lock = threading.Lock()
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs `coroutine` to its end and returns its result. Ctrl-C cancels it and raises `KeyboardInterrupt`."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        if not hasattr(_local, "runner"):
-            _local.runner = asyncio.Runner()
-        runner: asyncio.Runner = _local.runner
-        # Not `return runner.run(coroutine)`: Python 3.11 takes the repr of a finished task, result included, when the
-        # runner puts back the SIGINT handler. For a thousand trajectories that is a third of a second.
-        result: list[T] = []
-
-        async def keep() -> None:
-            result.append(await coroutine)
-
-        with _woken_by_signals(runner.get_loop()):
-            runner.run(keep())
-        return result[0]
+    if not _inside_a_loop():  # asked first: errors of the coroutine are to have no context of ours
+        return _run_here(coroutine)
     future = asyncio.run_coroutine_threadsafe(coroutine, _background_loop())
     try:
         return future.result()
     except BaseException:
         future.cancel()
         raise
+
+
+def _inside_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run_here(coroutine: Coroutine[Any, Any, T]) -> T:
+    if not hasattr(_local, "runner"):
+        _local.runner = asyncio.Runner()
+    runner: asyncio.Runner = _local.runner
+    # Not `return runner.run(coroutine)`: Python 3.11 takes the repr of a finished task, result included, when the
+    # runner puts back the SIGINT handler. For a thousand trajectories that is a third of a second.
+    result: list[T] = []
+
+    async def keep() -> None:
+        result.append(await coroutine)
+
+    with _woken_by_signals(runner.get_loop()):
+        runner.run(keep())
+    return result[0]
 
 
 @contextmanager

@@ -103,7 +103,9 @@ def make_run(folder: Path, *, iterations: int = 3, stored: bool = True, **settin
     return folder
 
 
-def make_evaluation(folder: Path, policy: str = "echo", *, per_task: int = 2, complete: bool = True) -> Path:
+def make_evaluation(
+    folder: Path, policy: str = "echo", *, per_task: int = 2, complete: bool = True, seed: int = 0
+) -> Path:
     """The folder of an evaluation: 4 tasks, of which the first two are solved, in two environments."""
     envs = ["Toy-v0", "Other-v0"]
     results = []
@@ -116,14 +118,14 @@ def make_evaluation(folder: Path, policy: str = "echo", *, per_task: int = 2, co
         ]
         write_jsonl(folder / "trajectories" / f"{place}-{env}.jsonl", members)
         summaries = [summarise(t, t.seed, int(t.id.rpartition("/")[2])) for t in members]
-        common: dict[str, Any] = {"policy": policy, "env_kwargs": {}, "per_task": per_task, "seed": 0}
+        common: dict[str, Any] = {"policy": policy, "env_kwargs": {}, "per_task": per_task, "seed": seed}
         results.append(result_of(summaries, env=env, **common, seconds=1.0, temperature=None))
     settings = {
         "policy": {"name": policy, "options": {}},
         "environments": [{"id": env} for env in envs],
         "episodes": 4 * per_task,
         "per_task": per_task,
-        "seed": 0,
+        "seed": seed,
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 16},
         "outcome": {"rule": "success", "success_above": None, "truncated": "scored"},
     }
@@ -131,6 +133,13 @@ def make_evaluation(folder: Path, policy: str = "echo", *, per_task: int = 2, co
     (folder / "versions.json").write_text('{"agentrl": "0.1.0"}')
     if complete:
         (folder / "result.json").write_text(EvalReport(policy=policy, results=results).model_dump_json())
+    return folder
+
+
+def make_cut(folder: Path, **options: Any) -> Path:
+    """The folder of an evaluation that was stopped when its first environment was played: 8 of 16 episodes."""
+    make_evaluation(folder, complete=False, **options)
+    (folder / "trajectories" / "1-Other-v0.jsonl").unlink()
     return folder
 
 
@@ -482,6 +491,22 @@ def test_seeds_of_one_setting_are_a_family(tmp_path: Path) -> None:
     assert [run.family for run in runs] == ["grpo", "grpo", "rloo", "rloo"]
 
 
+def test_evaluations_are_no_family_whatever_they_share(tmp_path: Path) -> None:
+    make_evaluation(tmp_path / "whole")
+    make_evaluation(tmp_path / "other", seed=1)
+    make_cut(tmp_path / "cut")
+    runs = find_runs([tmp_path])
+    assert [run.family for run in runs] == [run.label for run in runs] == ["cut", "other", "whole"]
+    cut, _, whole = make_report([tmp_path]).summary["runs"]
+    assert cut["episodes"] == {"scored": 8, "successes": 4, "failed": 0, "asked": 16}
+    assert whole["episodes"]["asked"] == 16
+    assert find_runs([make_run(tmp_path / "run")])[0].asked is None
+    for episodes, environments in ((math.inf, [1]), (8, 3), (None, [])):
+        settings = json.dumps({"policy": {}, "episodes": episodes, "environments": environments})
+        (tmp_path / "cut" / "settings.json").write_text(settings)
+        assert find_runs([tmp_path / "cut"])[0].asked is None
+
+
 def test_checkpoints_are_no_runs_of_their_own(run: Path) -> None:
     (run / "checkpoints" / "iteration-000001").mkdir(parents=True)
     (run / "checkpoints" / "iteration-000001" / "config.yaml").write_text("{}")
@@ -539,6 +564,18 @@ def test_tokens_without_loss_and_failed_evaluations_are_dropped_too(run: Path) -
     assert [failed[key] for key in ("count", "of", "iterations")] == [2, 16, [4]]
 
 
+def test_without_counts_the_stored_trajectories_are_counted(tmp_path: Path) -> None:
+    failed = played(1, 0, turns=0, stop_reason=StopReason.POLICY_ERROR, error="it died", success=False)
+    write_jsonl(tmp_path / "a.jsonl", [played(0, 0), played(0, 3), failed])
+    for path, whole in ((tmp_path / "a.jsonl", 3), (make_cut(tmp_path / "cut"), 8)):
+        (one,) = make_report([path], trajectories=1).summary["runs"]
+        rows = {row["what"]: (row["count"], row["of"]) for row in one["dropped"]}
+        assert rows["Episodes ended by policy error"] == (whole == 3, whole)
+        assert sum(one["stops"].values()) == whole
+    (tmp_path / "empty.jsonl").write_text("")
+    assert make_report([tmp_path / "empty.jsonl"]).summary["runs"][0]["dropped"] == []
+
+
 def test_an_evaluation_is_shown_with_its_intervals_settings_and_versions(tmp_path: Path) -> None:
     (one,) = make_report([make_evaluation(tmp_path / "whole")]).summary["runs"]
     found = one["evaluation"][0]
@@ -556,7 +593,7 @@ def test_an_evaluation_is_shown_with_its_intervals_settings_and_versions(tmp_pat
     assert "result.json cannot be read" in notes_of(spoiled(tmp_path / "broken", "result.json", '{"policy": 1}'))
     assert "settings.json cannot be read" in notes_of(spoiled(tmp_path / "odd", "settings.json", "[" * 100_000))
     cut = make_report([make_evaluation(tmp_path / "cut", complete=False)]).summary["runs"][0]
-    assert (cut["evaluation"], cut["episodes"]) == ([], {"scored": 16, "successes": 8, "failed": 0})
+    assert (cut["evaluation"], cut["episodes"]) == ([], {"scored": 16, "successes": 8, "failed": 0, "asked": 16})
     assert "the evaluation is not complete" in " ".join(cut["notes"])
 
 
@@ -578,7 +615,9 @@ def test_every_evaluation_and_run_below_a_folder_is_found(tmp_path: Path) -> Non
     begun = tmp_path / "board" / "begun"
     begun.mkdir()
     (begun / "settings.json").write_text((tmp_path / "board" / "random" / "lock" / "settings.json").read_text())
-    found = [one["label"] for one in make_report([tmp_path / "board"]).summary["runs"]]
+    summary = make_report([tmp_path / "board"]).summary
+    assert summary["title"] == "1 run, 3 evaluations"
+    found = [one["label"] for one in summary["runs"]]
     assert found == ["begun", "random/lock", "run", "solver/lock"]
     done = CliRunner().invoke(app, ["report", str(tmp_path / "board")])
     assert done.exit_code == 0, done.output
@@ -616,6 +655,25 @@ def test_the_command_writes_one_file(run: Path, tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
     assert failed.exit_code == 2
     assert "Traceback" not in failed.output
+
+
+def test_the_command_spares_what_it_reads(run: Path, tmp_path: Path) -> None:
+    file = run / "trajectories" / "iteration-000000.jsonl"
+    (tmp_path / "same.jsonl").symlink_to(file)
+    before = {one: one.read_bytes() for one in run.rglob("*.*") if one.is_file()}
+    for given, out in (
+        (run, file),
+        (run.parent, run / "notes.txt"),
+        (file, tmp_path / "same.jsonl"),
+        (run / "metrics.jsonl", run / "config.yaml"),
+        (run / "metrics.jsonl", run / "metrics.jsonl"),
+    ):
+        done = CliRunner().invoke(app, ["report", str(given), "--out", str(out)])
+        assert done.exit_code == 2, done.output
+        assert "which is read" in " ".join(done.output.split())
+    assert {one: one.read_bytes() for one in run.rglob("*.*") if one.is_file()} == before
+    for given, out in ((run, run / "trajectories" / "x.html"), (file, file.with_name("x.txt"))):
+        assert CliRunner().invoke(app, ["report", str(given), "--out", str(out)]).exit_code == 0
 
 
 @pytest.fixture

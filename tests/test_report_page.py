@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from test_report import NASTY, damage, make_evaluation, make_run, played
+from test_report import NASTY, append, damage, make_cut, make_evaluation, make_run, played, record
 
 from agentrl.buffer import write_jsonl
 from agentrl.report.data import make_report
@@ -207,6 +207,106 @@ def test_evaluations_side_by_side(reader: Reader, tmp_path: Path) -> None:
     assert "temperature 1, top-p 1" in page.inner_text("dl >> nth=0")
 
 
+def test_evaluations_are_shown_one_by_one_and_say_what_is_missing(reader: Reader, tmp_path: Path) -> None:
+    make_evaluation(tmp_path / "one")
+    make_evaluation(tmp_path / "two", seed=1)
+    page = reader.open(write(tmp_path, tmp_path))
+    assert (page.inner_text("h1"), page.inner_text(".lead")) == ("2 evaluations", "2 evaluations.")
+    assert page.locator("table").count() == 2, "theirs and that of pass@k, none of means over seeds"
+    missing = "8 of 16 episodes, those that ended first"
+    page = reader.open(write(tmp_path, make_cut(tmp_path / "cut")))
+    assert page.inner_text(".lead") == f"Not complete: {missing}. 50\u202f% of them succeeded."
+    page = reader.open(write(tmp_path, tmp_path))
+    assert page.inner_text(".lead") == f"3 evaluations; cut is not complete: {missing}."
+    final = page.locator("table").nth(2)
+    row = [f"cut not complete: {missing}", "–", "1", "50\u202f%"]
+    assert "mean over seeds" not in final.inner_text()
+    assert final.locator("tbody").inner_text().split("\t")[:4] == row
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+    make_cut(tmp_path / "cut2", seed=2)
+    page = reader.open(write(tmp_path, tmp_path))
+    counts = "2 runs of 1 setting, up to 2 seeds each; 4 evaluations"
+    assert page.inner_text(".lead") == f"{counts}; 2 are not complete: 16 of 32 episodes, those that ended first."
+    page.keyboard.press("5")
+    assert "All stored episodes by how they ended: 8 terminated." in page.inner_text("main")
+    assert "All training episodes by how they ended: " in page.inner_text("main")
+
+
+def test_an_interval_that_is_not_there_is_not_written(reader: Reader, tmp_path: Path) -> None:
+    result = make_evaluation(tmp_path / "same") / "result.json"
+    found = json.loads(result.read_text())
+    found["results"][0]["outcome"] = {"value": 0.5, "low": None, "high": None}
+    result.write_text(json.dumps(found))
+    page = reader.open(write(tmp_path, tmp_path / "same"))
+    assert page.inner_text(".evaluation tbody tr >> nth=0").split("\t")[4] == "0.5"
+
+
+def held_out(iteration: int, value: float) -> dict[str, Any]:
+    """A line of metrics with a held-out evaluation."""
+    success = {"value": value, "low": value / 2, "high": (1 + value) / 2, "episodes": 16}
+    return record(iteration, eval={"success": success})
+
+
+def test_a_sentence_for_what_rose_fell_and_stayed(reader: Reader, tmp_path: Path) -> None:
+    for name, values, said in (
+        ("up", (0.0, 0.5), "rose from 0\u202f% to 50\u202f%"),
+        ("down", (0.5, 0.0), "fell from 50\u202f% to 0\u202f%"),
+        ("none", (0.0, 0.0), "stayed at 0\u202f% (95"),
+        ("little", (0.5, 0.50001), "stayed at 50\u202f% (95"),
+        ("once", (0.5,), "is 50\u202f% (95"),
+    ):
+        lines = [json.dumps(held_out(n, value)) for n, value in enumerate(values)]
+        (make_run(tmp_path / name) / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+        assert f"Held-out success {said}" in reader.open(write(tmp_path, tmp_path / name)).inner_text(".lead")
+
+
+def test_what_is_not_known_is_not_said(reader: Reader, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for text in ("[", "model: {path: tiny}\nrollout: {groups: 2}\n"):
+        (run / "config.yaml").write_text(text)
+        facts = reader.open(write(tmp_path, run)).inner_text("dl >> nth=0")
+        assert "iterations\n3" in facts
+        assert "undefined" not in facts
+        assert "model\n(" not in facts
+    assert "model\ntiny" in facts
+
+
+def test_bands_are_named_for_what_they_are(reader: Reader, tmp_path: Path) -> None:
+    def note(*paths: Path) -> str:
+        return str(reader.open(write(tmp_path, *paths)).inner_text("figcaption span"))
+
+    one, other = (make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
+    assert note(one) == "share of held-out episodes; band: 95\u202f% interval"
+    assert note(one, other) == "share of held-out episodes; line: mean, band: range over seeds"
+    third = make_run(tmp_path / "third", credit={"method": "grpo"})
+    own = "; band of one run: 95\u202f% interval"
+    assert note(one, other, third) == f"share of held-out episodes; line: mean, band: range over seeds{own}"
+    (one / "metrics.jsonl").write_text("".join(json.dumps(record(n)) + "\n" for n in range(3)))
+    assert note(one) == "share of training episodes"
+
+
+def test_evaluations_take_no_band_and_no_colour_from_runs(reader: Reader, tmp_path: Path) -> None:
+    for n in range(4):
+        make_evaluation(tmp_path / f"eval-{n}", seed=n)
+    runs = [make_run(tmp_path / f"run-{method}", credit={"method": method}) for method in ("grpo", "rloo")]
+    page = reader.open(write(tmp_path, tmp_path))
+    assert page.inner_text("figcaption span") == "share of held-out episodes; band: 95\u202f% interval"
+    lines = page.evaluate("charts[0].spec.series.map((one) => [one.colour, one.low.length])")
+    assert lines == [["--c1", 1], ["--c2", 1]]
+    assert page.locator(".dot").count() == len(runs)
+
+
+def test_drift_of_centred_rewards_is_said_to_be_absent(reader: Reader, tmp_path: Path) -> None:
+    said = "Drift is not measured where rewards are centred"
+    for centred in (True, False):
+        run = make_run(tmp_path / f"centred-{centred}", prm={"centred": centred})
+        append(run / "metrics.jsonl", json.dumps(record(4, pair_accuracy=0.5, prm_loss=0.5)))
+        page = reader.open(write(tmp_path, run))
+        page.keyboard.press("4")
+        assert (said in page.inner_text("main")) == centred
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_pages_of_damaged_files_draw_without_complaint(reader: Reader, tmp_path: Path, seed: int) -> None:
     random = Random(1000 + seed)
@@ -233,6 +333,26 @@ def test_pictures_and_figures_of_a_report(tmp_path: Path) -> None:
     names = ["report_desktop.png", "report_desktop_dark.png", "report_phone.png", "report_phone_dark.png"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
     assert all(found[f"{name}, s"] > 0 for name in ("overview", "trajectories", "search"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_telephone_shows_every_cell_without_scrolling_a_table(browser: Any, tmp_path: Path, scheme: str) -> None:
+    reader = Reader(browser, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    made = [make_evaluation(tmp_path / "one"), make_evaluation(tmp_path / "a" / "long" / "name" / "of" / "another")]
+    page = reader.open(write(tmp_path, *made, make_cut(tmp_path / "cut")))
+    ends = "(cells) => cells.map((cell) => cell.getBoundingClientRect().right)"
+    for number, tables in ((1, 3), (5, 3)):
+        page.keyboard.press(str(number))
+        assert page.locator("table").count() == tables
+        assert max(page.locator("caption, th, td").evaluate_all(ends)) <= 390 - 16
+    page.keyboard.press("1")
+    label = "(cell) => getComputedStyle(cell, '::before').content"
+    assert page.locator(".evaluation td.n").first.evaluate(label) == '"success "'
+    page.set_viewport_size({"width": 900, "height": 844})
+    assert max(page.locator("td").evaluate_all(ends)) > 900, "a table again, wider than the page"
+    assert max(page.locator("caption").evaluate_all(ends)) <= 900 - 24
+    reader.context.close()
+    assert reader.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

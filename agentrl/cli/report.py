@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from agentrl.cli.common import check_output, console, errors, table
+from agentrl.errors import UserError
 
 Runs = Annotated[
     list[str],
@@ -54,6 +55,7 @@ def report(
     if out is None:
         only = Path(runs[0])
         out = (only if len(runs) == 1 and only.is_dir() else Path()) / "report.html"
+    _spare(runs, out)
     out = check_output(out)
     with _reading() as on_file:
         made = make_report(runs, trajectories=trajectories, image_mb=image_mb, on_file=on_file)
@@ -102,6 +104,22 @@ def view(
         console.print("Ended.")
     finally:
         server.server_close()
+
+
+def _spare(runs: Sequence[str], out: Path) -> None:
+    """Refuses to write over what is read.
+
+    Raises:
+        UserError: `out` is one of `runs`, under whatever name, or lies in a folder of them and is no ``.html``.
+    """
+    from agentrl.train.metrics import FILE_NAME
+
+    target = out.resolve()
+    for run in map(Path, runs):
+        folder = run.parent if run.name == FILE_NAME else run
+        inside = folder.is_dir() and folder.resolve() in target.parents and target.suffix != ".html"
+        if inside or (run.is_file() and target.is_file() and target.samefile(run)):
+            raise UserError(f"--out {out} would write into {run}, which is read; choose a name that ends in .html")
 
 
 @contextmanager

@@ -67,6 +67,8 @@ def make_report(
 
 
 def _run(run: Run) -> dict[str, Any]:
+    # Where nothing was counted while it was played, the stored trajectories are.
+    stops = health.stop_counts(run.evaluation or run.metrics) or dict(run.stops)
     return {
         "label": run.label,
         "family": run.family,
@@ -77,11 +79,11 @@ def _run(run: Run) -> dict[str, Any]:
         "versions": run.versions,
         "files": [file.name for file in run.files],
         "evaluation": run.evaluation,
-        "episodes": {"scored": run.scored, "successes": run.successes, "failed": run.failed},
+        "episodes": {"scored": run.scored, "successes": run.successes, "failed": run.failed, "asked": run.asked},
         "notes": run.notes,
         "curves": curves(run.metrics),
-        "stops": health.stop_counts(run.evaluation or run.metrics),
-        "dropped": health.dropped_of_evaluation(run.evaluation) if run.evaluation else health.dropped(run.metrics),
+        "stops": stops,
+        "dropped": health.dropped(run.metrics) or health.dropped_by_stop(stops),
         "alarm": health.reward_alarm(run.metrics),
     }
 
@@ -137,4 +139,6 @@ def _title(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(str(run.config.get("name") or "") for run in runs))
     if len(names) == 1 and (names[0] or len(runs) == 1):
         return names[0] or runs[0].path.resolve().name
-    return f"{len(runs)} {'evaluations' if all(run.evaluation is not None for run in runs) else 'runs'}"
+    evaluations = sum(run.evaluation is not None for run in runs)
+    counts = ((len(runs) - evaluations, "run"), (evaluations, "evaluation"))
+    return ", ".join(f"{count} {what if count == 1 else what + 's'}" for count, what in counts if count)

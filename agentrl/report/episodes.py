@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -77,6 +78,8 @@ class FilePart:
     scored: int
     """Scorable ones."""
     successes: int
+    stops: Counter[str]
+    """How they ended."""
     chosen: list[tuple[Trajectory, Credit | None]]
     errors: list[str]
     """Messages of its failed episodes."""
@@ -116,6 +119,7 @@ def load(
         run.scored += part.scored
         run.successes += part.successes
         run.failed += part.found - part.scored
+        run.stops += part.stops
         loaded += [Loaded(number, place, t, credit) for t, credit in part.chosen]
         if on_file is not None:
             on_file(done + 1, len(files))
@@ -138,6 +142,7 @@ def read_part(file: Path, credit_file: Path, room: int | None) -> FilePart:
         found=len(trajectories),
         scored=sum(t.scorable for t in trajectories),
         successes=sum(t.scorable and t.success for t in trajectories),
+        stops=Counter(t.stop_reason.value for t in trajectories),
         chosen=[(t, _fitting(credit.get(t.id), t)) for t in chosen],
         errors=[t.error for t in trajectories if t.error],
         notes=notes,

@@ -147,10 +147,11 @@ TABLES = ("stop_reasons", "groups")
 """Metrics that are counts by name."""
 
 
-def dropped_of_evaluation(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what an evaluation left out, in rows as `dropped`; `results` are those of its environments."""
-    stops = stop_counts(results)
+def dropped_by_stop(stops: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Returns what was left out of episodes that ended as `stops` counts, in rows as `dropped`; none of no episodes."""
     played = sum(stops.values())
+    if not played:
+        return []
     return [
         {
             "what": f"Episodes ended by {reason.replace('_', ' ')}",

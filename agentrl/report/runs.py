@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class Run:
     label: str = ""
     """Its name beside the others."""
     family: str = ""
-    """What it shares with runs that differ from it in their seed alone."""
+    """What it shares with runs that differ from it in their seed alone; an evaluation is one of its own."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     """Its configuration; of an evaluation its settings."""
@@ -52,10 +53,19 @@ class Run:
     successes: int = 0
     failed: int = 0
     """Episodes in its files that a failure of infrastructure ended."""
+    stops: Counter[str] = field(default_factory=Counter)
+    """How the episodes in its files ended."""
 
     @property
     def seed(self) -> Any:
         return self.config.get("seed")
+
+    @property
+    def asked(self) -> int | None:
+        """Episodes that an evaluation is of; None where its settings do not say, and of what is no evaluation."""
+        each, envs = _under(self.config, "episodes"), _under(self.config, "environments")
+        known = self.evaluation is not None and is_count(each) and isinstance(envs, list)
+        return int(each) * len(envs) if known else None
 
     def credit_file(self, trajectories: Path) -> Path:
         """Where the credit of a trajectory file's turns lies, if it was stored."""
@@ -222,7 +232,10 @@ def _read_evaluation(path: Path, run: Run) -> None:
     try:
         found = EvalReport.model_validate_json((path / RESULT).read_bytes())
     except FileNotFoundError:
-        run.notes.append(f"No {RESULT}: the evaluation is not complete, and figures are of the episodes played so far.")
+        run.notes.append(
+            f"No {RESULT}: the evaluation is not complete, and figures are of the episodes played so far. "
+            "Short ones end first, which biases rates."
+        )
     except (OSError, ValueError) as error:
         run.notes.append(f"{RESULT} cannot be read, and figures are of the stored episodes: {reason(error)}.")
     else:
@@ -249,14 +262,18 @@ def _under(value: Any, *keys: str) -> Any:
 
 
 def _name(runs: Sequence[Run]) -> None:
-    """Gives every run a label that no other has, and runs that differ in their seed alone one family."""
+    """Gives every run a label that no other has, and runs that differ in their seed alone one family.
+
+    Evaluations that do are shown one by one: each has an interval of its own, and one may not be complete.
+    """
     shared = Path(os.path.commonpath([run.path.resolve() for run in runs])) if len(runs) > 1 else None
     kin: dict[str, list[Run]] = {}
     for run in runs:
         where = run.path.resolve()
         run.label = str(where.relative_to(shared)) if shared else str(run.config.get("name") or where.name)
         settings = {key: value for key, value in run.config.items() if key not in ("seed", "name", "run_dir", "log")}
-        kin.setdefault(json.dumps(settings, sort_keys=True, default=str) if settings else run.label, []).append(run)
+        alone = run.evaluation is not None or not settings
+        kin.setdefault(run.label if alone else json.dumps(settings, sort_keys=True, default=str), []).append(run)
     for members in kin.values():
         names = {str(Path(run.label).parent) for run in members}
         same = len(members) > 1 and len(names) == 1 and names != {"."}

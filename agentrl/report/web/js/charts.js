@@ -32,14 +32,18 @@ function points(run, metric, axis) {
 /** With more families than this in one picture their ranges would hide each other: means alone. */
 const CROWD = 4;
 
-/** Runs that differ in their seed alone, together. */
+/** Runs that differ in their seed alone, together. `line`: charts have one of them; of an evaluation they have none. */
 function families() {
   const found = new Map();
   store.summary.runs.forEach((run) => {
     if (!found.has(run.family)) found.set(run.family, []);
     found.get(run.family).push(run);
   });
-  return [...found].map(([name, runs], n) => ({ name, runs, colour: seriesColour(n), dash: n < COLOURS.length ? undefined : [7, 4] }));
+  let lines = 0;
+  return [...found].map(([name, runs]) => {
+    const line = runs.some((run) => run.curves.iteration?.length), n = line ? lines++ : 0;
+    return { name, runs, line, colour: seriesColour(n), dash: n < COLOURS.length ? undefined : [7, 4] };
+  });
 }
 
 /** Mean and range of several runs' points, to where the shortest ends. */
@@ -60,10 +64,10 @@ function spread(many) {
 
 /** Series of a metric over all families: mean and range over seeds, or a run's own interval where it has one. */
 function metricSeries(metric, axis, options = {}) {
-  return families().flatMap((family) => {
-    const merged = spread(family.runs.map((run) => points(run, metric, axis)));
-    if (!merged) return [];
-    const crowded = families().length > CROWD;
+  const all = families();
+  const known = all.map((family) => [family, spread(family.runs.map((run) => points(run, metric, axis)))]).filter(([, merged]) => merged);
+  const crowded = known.length > CROWD;
+  return known.map(([family, merged]) => {
     const one = { label: options.label || family.name, colour: options.colour || family.colour, dash: family.dash, ...options.style, ...merged };
     if (crowded) one.width = 1.5;
     if (crowded) one.low = one.high = null;
@@ -73,9 +77,9 @@ function metricSeries(metric, axis, options = {}) {
       // A damaged file may lack a bound somewhere: no band then.
       if (one.low.length !== one.ys.length || one.high.length !== one.ys.length) one.low = one.high = null;
     } else one.low = one.high = null;
-    if (families().length === 1 && !options.label && merged.runs === 1) one.label = "";
-    if (families().length > 1 && options.label && merged.runs === 1) one.label = `${options.label}, ${family.name}`;
-    return [one];
+    if (all.length === 1 && !options.label && merged.runs === 1) one.label = "";
+    if (all.length > 1 && options.label && merged.runs === 1) one.label = `${options.label}, ${family.name}`;
+    return one;
   });
 }
 

@@ -24,10 +24,9 @@ function headline(run) {
   if (known.length) {
     const first = known[0], end = last(known);
     const [low, high] = ["low", "high"].map((bound) => c[`eval/success/${bound}`]?.[end]);
-    const change = c[HELD][end] - c[HELD][first];
-    if (known.length > 1) {
-      parts.push("Held-out success ", change >= 0 ? "rose" : "fell", " from ", h("b", {}, pct(c[HELD][first])), " to ", h("b", {}, pct(c[HELD][end])));
-    } else parts.push("Held-out success is ", h("b", {}, pct(c[HELD][end])));
+    const [from, to] = [first, end].map((n) => pct(c[HELD][n]));
+    if (from !== to) parts.push("Held-out success ", c[HELD][end] > c[HELD][first] ? "rose" : "fell", " from ", h("b", {}, from), " to ", h("b", {}, to));
+    else parts.push("Held-out success ", known.length > 1 ? "stayed at " : "is ", h("b", {}, to));
     parts.push(` (95\u202f% interval ${pct(low)} to ${pct(high)}, ${plural(c["eval/success/episodes"]?.[end] ?? c["eval/episodes"]?.[end], "episode")})`);
   } else {
     const trained = (c.success || []).filter((value) => value !== null);
@@ -35,7 +34,7 @@ function headline(run) {
   }
   const iterations = last(c.iteration || []), seconds = lastKnown(c.elapsed)?.value;
   if (parts.length) return [...parts, iterations ? ` in ${plural(iterations, "iteration")}${seconds ? ` and ${duration(seconds)}` : ""}.` : "."];
-  return run.evaluation?.length ? evaluationSentence(run.evaluation) : outcomeSentence(run.episodes);
+  return run.evaluation?.length ? evaluationSentence(run.evaluation) : outcomeSentence(run);
 }
 
 /** The result of an evaluation, with its interval where it is one environment. */
@@ -46,20 +45,37 @@ function evaluationSentence(results) {
 }
 
 /** Where there are no metrics, the trajectories speak: all that are stored, shown or not. */
-function outcomeSentence({ scored, successes, failed }) {
+function outcomeSentence(run) {
+  const { scored, successes, failed } = run.episodes;
   if (!scored && !failed) return "There is nothing in this run yet: no metrics, no trajectories.";
-  return [h("b", {}, pct(scored ? successes / scored : null)), ` of ${plural(scored, "episode")} succeeded${failed ? `; ${count(failed)} more ended by a failure of infrastructure` : ""}.`];
+  const rate = pct(scored ? successes / scored : null), more = failed ? `; ${count(failed)} more ended by a failure of infrastructure` : "";
+  if (isCut(run)) return [h("b", {}, "Not complete"), `: ${share([run])}. ${rate} of them succeeded${more}.`];
+  return [h("b", {}, rate), ` of ${plural(scored, "episode")} succeeded${more}.`];
+}
+
+/** Are episodes of an evaluation still to come? Those that are there are not like them: short ones end first. */
+const isCut = ({ evaluation, episodes: { scored, failed, asked } }) => evaluation?.length === 0 && scored + failed < asked;
+
+/** How much there is of evaluations that are not complete. */
+function share(cut) {
+  const [scored, asked] = ["scored", "asked"].map((name) => sum(cut.map((run) => run.episodes[name])));
+  return `${count(scored)} of ${plural(asked, "episode")}${scored ? ", those that ended first" : ""}`;
 }
 
 function headlines() {
-  const known = families();
-  if (store.summary.runs.every((run) => run.evaluation)) return `${plural(known.length, "evaluation")}.`;
-  const seeds = known.map((family) => family.runs.length);
-  return `${plural(store.summary.runs.length, "run")} of ${plural(known.length, "setting")}${Math.max(...seeds) > 1 ? `, up to ${Math.max(...seeds)} seeds each` : ""}.`;
+  const { runs } = store.summary;
+  const evaluations = runs.filter((run) => run.evaluation), cut = evaluations.filter(isCut);
+  const settings = families().filter((family) => !family.runs[0].evaluation), seeds = Math.max(...settings.map((family) => family.runs.length));
+  const parts = [
+    settings.length && `${plural(runs.length - evaluations.length, "run")} of ${plural(settings.length, "setting")}${seeds > 1 ? `, up to ${seeds} seeds each` : ""}`,
+    evaluations.length && plural(evaluations.length, "evaluation"),
+    cut.length && `${cut.length === 1 ? `${cut[0].label} is` : `${count(cut.length)} are`} not complete: ${share(cut)}`,
+  ];
+  return `${parts.filter(Boolean).join("; ")}.`;
 }
 
 function resultChart() {
-  const one = families().length === 1;
+  const one = families().filter((family) => family.line).length === 1;
   const held = metricSeries(HELD, "iteration", { interval: ["eval/success/low", "eval/success/high"], label: one ? "held out" : undefined });
   const trained = one ? metricSeries("success", "iteration", { label: "training episodes", colour: "--c-soft", style: { width: 1.3 } }) : [];
   const series = [...trained, ...held];
@@ -68,19 +84,21 @@ function resultChart() {
     if (!other.length) return null;
     series.push(...other);
   }
-  const seeds = store.summary.runs.length > 1;
   return figure({
     title: "Success", wide: true, height: 260, axis: "iteration", format: pct, range: () => [0, 1], series,
-    note: `${held.length ? "share of held-out episodes" : "share of training episodes"}; ${bandWords(seeds)}`,
+    note: [held.length ? "share of held-out episodes" : "share of training episodes", ...bandWords(series)].join("; "),
   });
 }
 
-function bandWords(seeds) {
-  if (families().length > CROWD) return "means over seeds; hover a name to find its line";
-  return seeds ? "line: mean, band: range over seeds" : "band: 95\u202f% interval";
+/** What lines and bands of a chart are. */
+function bandWords(series) {
+  const seeds = series.some((one) => one.runs > 1), own = series.some((one) => one.low && one.runs === 1);
+  if (series.length > CROWD) return [seeds && "means over seeds", "hover a name to find its line"].filter(Boolean);
+  return [seeds && "line: mean, band: range over seeds", own && `band${seeds ? " of one run" : ""}: 95\u202f% interval`].filter(Boolean);
 }
 
-const span = ({ value, low, high }, as = pct) => `${as(value)} (${as(low)} to ${as(high)})`;
+/** A mean with its interval, where the tasks differ and there is one. */
+const span = ({ value, low, high }, as = pct) => (low === null ? as(value) : `${as(value)} (${as(low)} to ${as(high)})`);
 
 /** What evaluations found, a line for each environment. */
 function evaluationTable() {
@@ -90,13 +108,13 @@ function evaluationTable() {
   const several = runs.length > 1;
   const head = [several && "evaluation", "environment", "policy", "success", "95\u202f% interval", "outcome", "episodes", "failed", "turns", "tokens", "invalid", "time"].filter(Boolean);
   const words = several ? 3 : 2;
-  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "evaluation" },
-    h("caption", {}, "Success on held-out tasks; intervals are Wilson’s, with several episodes a task a bootstrap over tasks. Failures of infrastructure are in no figure."),
+  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "evaluation stack" },
+    h("caption", {}, "Success on held-out tasks; intervals are Wilson’s, with several episodes a task a bootstrap over tasks if these differ. Failures of infrastructure are in no figure."),
     h("thead", {}, h("tr", {}, head.map((name, n) => h("th", { scope: "col", class: n >= words ? "n" : null }, name)))),
     h("tbody", {}, found.map(([run, one]) => h("tr", {},
-      h("th", { scope: "row" }, several ? run.label : one.env), several ? h("td", {}, one.env) : null, h("td", {}, one.policy),
+      h("th", { scope: "row" }, several ? run.label : one.env), several ? h("td", { "data-name": "environment" }, one.env) : null, h("td", { "data-name": "policy" }, one.policy),
       [pct(one.success.value), `${pct(one.success.low)} to ${pct(one.success.high)}`, span(one.outcome, num), count(one.episodes), count(one.infrastructure_failures), num(one.turns), num(one.action_tokens), pct(one.invalid_action_rate), duration(one.seconds)]
-        .map((value) => h("td", { class: "n" }, value))))))));
+        .map((value, n) => h("td", { class: "n", "data-name": head[words + n] }, value))))))));
 }
 
 /** pass@k and pass^k of evaluations with several episodes of each task. */
@@ -104,12 +122,13 @@ function attemptsTable() {
   const { runs } = store.summary;
   const found = runs.flatMap((run) => (run.evaluation || []).filter((one) => Object.keys(one.pass_at_k).length).map((one) => [run, one]));
   if (!found.length) return null;
+  const head = ["evaluation", "k", "pass@k", "pass^k"];
   const name = (run, one) => [runs.length > 1 ? run.label : "", runs.length > 1 && run.evaluation.length === 1 ? "" : one.env].filter(Boolean).join(", ");
-  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "attempts" },
+  return h("section", {}, h("div", { class: "scroll families" }, h("table", { class: "attempts stack" },
     h("caption", {}, "Several episodes of each task: pass@k is the chance that one of k succeeds, pass^k that all do, with 95\u202f% bootstrap intervals over tasks"),
-    h("thead", {}, h("tr", {}, ["evaluation", "k", "pass@k", "pass^k"].map((title, n) => h("th", { scope: "col", class: n ? "n" : null }, title)))),
+    h("thead", {}, h("tr", {}, head.map((title, n) => h("th", { scope: "col", class: n ? "n" : null }, title)))),
     h("tbody", {}, found.map(([run, one]) => Object.entries(one.pass_at_k).map(([k, at], n) => h("tr", {},
-      h("th", { scope: "row" }, n ? "" : name(run, one)), [k, span(at), one.pass_hat_k[k] ? span(one.pass_hat_k[k]) : "–"].map((value) => h("td", { class: "n" }, value)))))))));
+      h("th", { scope: "row" }, n ? "" : name(run, one)), [k, span(at), one.pass_hat_k[k] ? span(one.pass_hat_k[k]) : "–"].map((value, m) => h("td", { class: "n", "data-name": head[m + 1] }, value)))))))));
 }
 
 /** Final success of a run: held out, else in training, else of its evaluation or its episodes. */
@@ -121,24 +140,27 @@ function finalSuccess(run) {
 }
 
 function familyTable() {
+  const head = ["setting", "credit", "runs", "success", "range", "iterations", "wall time"];
   // Complete evaluations have a table of their own.
   const rows = families().filter((family) => family.runs.some((run) => !run.evaluation?.length)).map((family) => {
     const finals = family.runs.map(finalSuccess).filter((v) => v !== undefined);
     const range = finals.length > 1 ? `${pct(Math.min(...finals))} to ${pct(Math.max(...finals))}` : "–";
     const time = mean(family.runs.map((run) => lastKnown(run.curves.elapsed)?.value ?? 0));
     return h("tr", {},
-      h("th", { scope: "row" }, h("i", { class: "dot", vars: { "--c": `var(${family.colour})` } }), family.name),
-      h("td", {}, family.runs[0].config["credit.method"] ?? "–"),
-      h("td", { class: "n" }, family.runs.length),
-      h("td", { class: "n" }, finals.length ? pct(mean(finals)) : "–"), h("td", { class: "n" }, range),
-      h("td", { class: "n" }, last(family.runs[0].curves.iteration || []) ?? "–"), h("td", { class: "n" }, time ? duration(time) : "–"));
+      h("th", { scope: "row" }, family.line ? h("i", { class: "dot", vars: { "--c": `var(${family.colour})` } }) : null, family.name,
+        family.runs.filter(isCut).map((run) => h("span", { class: "soft" }, ` not complete: ${share([run])}`))),
+      [family.runs[0].config["credit.method"] ?? "–", family.runs.length, finals.length ? pct(mean(finals)) : "–", range, last(family.runs[0].curves.iteration || []) ?? "–", time ? duration(time) : "–"]
+        .map((value, n) => h("td", { class: n ? "n" : null, "data-name": head[n + 1] }, value)));
   });
   if (!rows.length) return null;
-  return h("div", { class: "scroll families" }, h("table", {},
-    h("caption", {}, "Final success (held out where it was evaluated, of all stored episodes where nothing was trained), mean over seeds"),
-    h("thead", {}, h("tr", {}, ["setting", "credit", "runs", "success", "range", "iterations", "wall time"].map((t, n) => h("th", { scope: "col", class: n > 1 ? "n" : null }, t)))),
+  return h("div", { class: "scroll families" }, h("table", { class: "stack" },
+    h("caption", {}, "Final success (held out where it was evaluated, of all stored episodes where nothing was trained)", families().some((family) => family.runs.length > 1) ? ", mean over seeds" : null),
+    h("thead", {}, h("tr", {}, head.map((t, n) => h("th", { scope: "col", class: n > 1 ? "n" : null }, t)))),
     h("tbody", {}, rows)));
 }
+
+/** A template that is nothing where one of its values is not known. */
+const whole = (words, ...values) => (values.some((value) => value === undefined || value === null) ? undefined : String.raw({ raw: words }, ...values));
 
 /** A list of names and values, those that are known. */
 function facts(run, runs) {
@@ -149,14 +171,14 @@ function facts(run, runs) {
   const rows = [
     ["environment", env],
     ["credit method", method],
-    ["rollout", g("rollout.groups") && `${g("rollout.groups")} groups of ${g("rollout.group_size")} episodes, history ${g("rollout.history")}`],
-    ["model", g("model.path") && `${g("model.path")} (${g("model.dtype")}, ${g("model.device")})`],
+    ["rollout", whole`${g("rollout.groups")} groups of ${g("rollout.group_size")} episodes, history ${g("rollout.history")}`],
+    ["model", g("model.path") && (whole`${g("model.path")} (${g("model.dtype")}, ${g("model.device")})` ?? g("model.path"))],
     ["policy", policies],
     ["episodes asked for", run.evaluation && g("episodes") && `${count(g("episodes"))} in each environment, ${g("per_task")} of each task`],
     ["sampling", run.evaluation && g("sampling.max_new_tokens") && `temperature ${g("sampling.temperature")}, top-p ${g("sampling.top_p")}, top-k ${g("sampling.top_k")}, at most ${plural(g("sampling.max_new_tokens"), "token")} a turn`],
     ["history", run.evaluation && g("rollout.history")],
     ["outcome", run.evaluation && g("outcome.rule") && `${g("outcome.rule")}${g("outcome.success_above") === null ? "" : ` above ${g("outcome.success_above")}`}; episodes cut off: ${g("outcome.truncated")}`],
-    ["iterations", run.curves.iteration && `${last(run.curves.iteration)} of ${g("iterations")}`],
+    ["iterations", run.curves.iteration && (whole`${last(run.curves.iteration)} of ${g("iterations")}` ?? last(run.curves.iteration))],
     ["training episodes", run.curves.episodes && count(sum(run.curves.episodes))],
     ["tokens sampled", run.curves.action_tokens && count(sum(run.curves.action_tokens))],
     ["seed", runs > 1 ? [...new Set(store.summary.runs.map((r) => r.seed))].filter((s) => s !== null).join(", ") : run.seed],

@@ -85,7 +85,7 @@ function prmPage() {
     const methods = [...new Set(store.summary.runs.map((run) => run.config["credit.method"]).filter(Boolean))];
     return [title, empty("No process reward model", methods.length ? `The credit method (${methods.join(", ")}) uses none, or no iteration is finished yet.` : "Nothing was learned here: these are plain trajectories.")];
   }
-  const many = families().length > 1;
+  const many = families().filter((family) => family.line).length > 1;
   const together = (specs) => specs.flatMap(([metric, label, colour, dash], n) => (many ? (n ? [] : metricSeries(metric, "iteration")) : metricSeries(metric, "iteration", { label, colour, style: dash ? { dash, width: 1.4 } : {} })));
   const made = (spec) => (spec.series.length ? figure({ axis: "iteration", ...spec }) : null);
   const single = (metric, heading, note, more = {}) => made({ title: heading, note, series: metricSeries(metric, "iteration"), ...more });
@@ -105,7 +105,7 @@ function prmPage() {
       single("success", "Success in training", "share of episodes", { format: pct, range: () => [0, 1] }),
       single("credit_alpha", "Weight of the step term", "after warm-up and skill gate"),
       single("prm_loss", "PRM loss"), single("prm_grad_norm", "PRM gradient norm"), single("prm_moved", "PRM moved", "relative change of its weights per step")),
-    h("p", { class: "soft" }, alarmRule()),
+    h("p", { class: "soft" }, store.summary.runs.some((run) => run.config["prm.centred"]) ? "Drift is not measured where rewards are centred (prm.centred). " : null, alarmRule()),
   ];
 }
 
@@ -127,20 +127,26 @@ function calibrationFigure() {
   });
 }
 
+/** Which episodes the counts are of. */
+function counted(run) {
+  if (run.evaluation?.length) return "All episodes";
+  return run.curves.iteration ? "All training episodes" : "All stored episodes";
+}
+
 function droppedPage() {
   const { runs, trajectories: list } = store.summary;
   const head = (names) => h("thead", {}, h("tr", {}, names.map((name, n) => h("th", { scope: "col", class: n && n < 3 ? "n" : null }, name))));
   const tables = runs.filter((run) => run.dropped.length).map((run) => h("section", {}, runs.length > 1 ? h("h2", {}, run.label) : null,
-    h("div", { class: "scroll" }, h("table", { class: "dropped" }, head(["what", "count", "share", "why"]),
+    h("div", { class: "scroll" }, h("table", { class: "dropped stack" }, head(["what", "count", "share", "why"]),
       h("tbody", {}, run.dropped.map((row) => h("tr", { class: row.count ? null : "none" },
-        h("th", { scope: "row" }, row.what), h("td", { class: "n" }, count(row.count)), h("td", { class: "n" }, row.of && row.count ? pct(row.count / row.of) : "–"),
+        h("th", { scope: "row" }, row.what), h("td", { class: "n", "data-name": "count" }, count(row.count)), h("td", { class: "n", "data-name": "share" }, row.of && row.count ? pct(row.count / row.of) : "–"),
         h("td", {}, row.why, row.count && row.iterations.length ? h("span", { class: "soft" }, ` ${where(row.iterations)}`) : null)))))),
-    Object.keys(run.stops).length ? h("p", {}, run.evaluation ? "All episodes" : "All training episodes", " by how they ended: ", Object.entries(run.stops).map(([name, n]) => `${count(n)} ${words(name)}`).join(", "), ".") : null));
+    Object.keys(run.stops).length ? h("p", {}, counted(run), " by how they ended: ", Object.entries(run.stops).map(([name, n]) => `${count(n)} ${words(name)}`).join(", "), ".") : null));
   const errors = Object.entries(list.errors);
   return [
     h("h1", {}, "Dropped, and why"),
     h("p", { class: "lead small" }, "A failure of infrastructure is never a reward of zero: it is counted here and left out of every mean, baseline and pair."),
-    tables.length ? tables : empty("No counts", "Counts stand in ", h("code", {}, "metrics.jsonl"), ", of evaluations in ", h("code", {}, "result.json"), ", which is not here or not complete yet."),
+    tables.length ? tables : empty("No counts", "There is no ", h("code", {}, "metrics.jsonl"), " with a finished iteration, no ", h("code", {}, "result.json"), " of an evaluation, and no trajectory to count."),
     errors.length ? h("section", {}, h("h2", {}, "Errors of failed episodes"), h("div", { class: "scroll" }, h("table", {}, head(["message", "times"]), h("tbody", {}, errors.map(([message, n]) => h("tr", {}, h("td", { class: "mono" }, message), h("td", { class: "n" }, count(n)))))))) : null,
     absent(),
   ];

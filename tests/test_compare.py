@@ -320,12 +320,12 @@ def picky() -> Iterator[None]:
         raise SystemExit("no data set")
 
     gym.register("Picky-v0", refuse, disable_env_checker=True)
-    gym.register("Bare-v0", lack, disable_env_checker=True)
+    gym.register("Bald-v0", lack, disable_env_checker=True)
     yield
-    del gym.registry["Picky-v0"], gym.registry["Bare-v0"]
+    del gym.registry["Picky-v0"], gym.registry["Bald-v0"]
 
 
-@pytest.mark.parametrize("lock", ["{id: 'http://127.0.0.1:9/Lock-v0', kwargs: {retry_s: 0}}", "Bare-v0"])
+@pytest.mark.parametrize("lock", ["{id: 'http://127.0.0.1:9/Lock-v0', kwargs: {retry_s: 0}}", "Bald-v0"])
 def test_an_environment_that_may_be_there_later_stops_no_other(tmp_path: Path, picky: None, lock: str) -> None:
     text = SUITE.replace("lock: {id: Lock-v0}", f"lock: {lock}") + "rollout: {retries: 0}\n"
     (tmp_path / "suite.yaml").write_text(text)

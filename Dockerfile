@@ -39,7 +39,8 @@ RUN pip install -q --no-deps /dist/*.whl && pip uninstall -q -y pip
 
 FROM ${BASE_IMAGE} AS runtime
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin agentrl \
-    && mkdir /runs /secrets /exchange && chown 10001:10001 /runs /secrets /exchange
+    && mkdir /runs /secrets /exchange \
+    && chown 10001:10001 /runs /secrets /exchange
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
 WORKDIR /app
 USER 10001:10001
@@ -62,4 +63,5 @@ CMD ["--help"]
 # A vLLM server that takes our weights (docker-compose.gpu.yml); last, so that nothing else pulls its base.
 FROM ${VLLM_IMAGE} AS vllm
 COPY --from=wheel /dist /dist
-RUN pip install --no-deps /dist/*.whl
+# A new volume takes the owner of the folder that it is first mounted on: the trainer writes weights there.
+RUN pip install --no-deps /dist/*.whl && mkdir /exchange && chown 10001:10001 /exchange

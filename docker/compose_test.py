@@ -120,12 +120,18 @@ def hardened() -> None:
 
 
 def kill_in_training() -> None:
-    """Kills the environment server after the second iteration and waits for it to be healthy again."""
+    """Kills the environment server after the second iteration, in the middle of episodes, and waits until it is healthy
+    again."""
     until("two iterations", 900, lambda: iterations() >= 2)
     container = compose("ps", "-q", "sokoban")
     before = sh("docker", "inspect", "-f", "{{.RestartCount}}", container)
     kill = (
-        "import os, signal\n"
+        "import os, re, signal, time, urllib.request as u\n"
+        "def sessions():\n"
+        "    text = u.urlopen('http://127.0.0.1:8000/metrics', timeout=5).read().decode()\n"
+        "    return float(re.search(r'^agentrl_sessions (\\S+)', text, re.M)[1])\n"
+        "end = time.monotonic() + 120\n"
+        "while not sessions() and time.monotonic() < end: time.sleep(0.01)\n"
         "for pid in filter(str.isdigit, os.listdir('/proc')):\n"
         "    words = open(f'/proc/{pid}/cmdline', 'rb').read().split(b'\\0')\n"
         "    if b'serve' in words and int(pid) not in (1, os.getpid()): os.kill(int(pid), signal.SIGKILL)"
@@ -173,6 +179,8 @@ def artefacts() -> None:
             raise Failed(f"the volume has no {name}: {found['files']}")
     if "model.safetensors" not in found["model"]:
         raise Failed(f"no trained model in the volume: {found['model']}")
+    if not found["episodes_retried"]:
+        raise Failed("the server was killed, and no episode was played again")
 
 
 def tested(keep: bool) -> None:

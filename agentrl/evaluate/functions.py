@@ -24,7 +24,7 @@ _CONSTANTS = (str, bytes, int, float, complex, tuple, frozenset, type(None))
 
 def function_of(policy: Policy) -> Callable[..., Any] | None:
     """Returns the function that `policy` is; None where it is more than one."""
-    found = getattr(policy, "function", None) or getattr(policy, "_function", None)
+    found = getattr(policy, "function", None)
     return found if callable(found) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from statistics import fmean
 from typing import Any, Literal
@@ -143,10 +143,10 @@ def result_of(
     tokens = fmean(one.action_tokens for one in scored)
     stopped = _by_stop_reason(ordered)
     clustered = per_task > 1
-    at_k, hat_k = _pass_k(scored, per_task, seed) if clustered else ({}, {})
     by_task: dict[int, list[bool]] = defaultdict(list)
     for one in scored:
         by_task[one.seed].append(one.success)
+    at_k, hat_k = _pass_k(by_task, per_task, seed) if clustered else ({}, {})
     spread = clustered and len({fmean(won) for won in by_task.values()}) > 1
     return EvalResult(
         env=env,
@@ -174,14 +174,13 @@ def result_of(
     )
 
 
-def _pass_k(scored: Sequence[Summary], per_task: int, seed: int) -> tuple[dict[int, Interval], dict[int, Interval]]:
-    counts: dict[int, list[bool]] = defaultdict(list)
-    for one in scored:
-        counts[one.seed].append(one.success)
+def _pass_k(
+    by_task: Mapping[int, Sequence[bool]], per_task: int, seed: int
+) -> tuple[dict[int, Interval], dict[int, Interval]]:
     at_k: dict[int, Interval] = {}
     hat_k: dict[int, Interval] = {}
     for k in range(1, per_task + 1):
-        tasks = {task: (len(won), sum(won)) for task, won in counts.items() if len(won) >= k}
+        tasks = {task: (len(won), sum(won)) for task, won in by_task.items() if len(won) >= k}
         if not tasks:
             break
         for found, estimate in ((at_k, pass_at_k), (hat_k, pass_hat_k)):
